@@ -1,0 +1,193 @@
+"""What the ``"megastab"`` block of the JSON may say: one pydantic model per section, a docstring per field.
+
+DeepSpeed's own facts (precision, batch sizes, optimizer, ZeRO stage, clipping, TensorBoard) live at the top level of the same
+JSON and are never repeated here. ``docs/config.md`` is generated from this file. Cross-field rules live in ``rules.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+Arch = Literal["gpt", "llama"]
+Activation = Literal["gelu", "silu", "relu", "relu2", "topk"]
+Norm = Literal["layernorm", "rmsnorm"]
+InitScheme = Literal["normal", "residual_scaled", "lir"]
+Recompute = Literal["none", "selective", "full"]
+ScheduleKind = Literal["cosine", "linear", "wsd", "constant"]
+
+
+# What a field of ModelConfig left at null becomes, by architecture.
+ARCH_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt": {"activation": "gelu", "tie_embeddings": True, "norm": "layernorm"},
+    "llama": {"activation": "silu", "tie_embeddings": False, "norm": "rmsnorm"},
+}
+
+
+class Section(BaseModel):
+    """A section refuses keys it does not know and is immutable once built."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class InitConfig(Section):
+    """How weights are drawn. Biases start at 0 and norm gains at 1 under every scheme."""
+
+    scheme: InitScheme = "normal"
+    """``normal``: one std everywhere; ``residual_scaled``: o_proj and down_proj divided by sqrt(2 num_layers) (GPT-2);
+    ``lir``: every matrix of layer l (from 1) divided by sqrt(l), embeddings and head at ``std``."""
+    std: PositiveFloat = 0.02
+    """Standard deviation of every matrix before the scheme's factor."""
+
+
+class ModelConfig(Section):
+    """The network. A field left at ``null`` takes its architecture's value, so that none is null once the model is built."""
+
+    arch: Arch
+    """``llama``: RMSNorm, RoPE, gated MLP, no biases. ``gpt``: GPT-2, with LayerNorm, learned positions, biases."""
+    num_layers: PositiveInt
+    """Transformer blocks."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    num_heads: PositiveInt
+    """Query heads; ``hidden_size / num_heads`` is the head width."""
+    num_kv_heads: PositiveInt = Field(default=None)
+    """Key and value heads (grouped-query attention); ``null`` means ``num_heads``."""
+    ffn_hidden_size: PositiveInt = Field(default=None)
+    """Width of the MLP; ``null`` means 4 x hidden (gpt) or 8/3 x hidden rounded up to 64 (llama)."""
+    max_seq_len: PositiveInt
+    """Tokens per training sample, and the longest sequence the model accepts."""
+    vocab_size: PositiveInt | None = None
+    """Vocabulary before padding to a multiple of 128; ``null`` takes it from ``data.tokenizer``."""
+    activation: Activation = Field(default=None)
+    """``null``: gelu (tanh form) for gpt, silu for llama. ``topk`` keeps the ``activation_topk`` largest entries of each token."""
+    activation_topk: PositiveFloat = Field(default=0.1, le=1.0)
+    """Share of MLP channels kept by ``activation: topk``."""
+    tie_embeddings: bool = Field(default=None)
+    """One matrix for embedding and head; ``null``: true for gpt, false for llama."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """On the embedding and on both branches of a block (gpt only). Attention probabilities are not dropped: flash kernels own their
+    random numbers, and a mask must be a function of the sample and position alone to be equal at every layout."""
+    norm: Norm = Field(default=None)
+    """``null``: layernorm for gpt, rmsnorm for llama."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the variance or mean square before the root."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies (llama)."""
+    init: InitConfig = InitConfig()
+    """Initial weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_architecture(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("arch") not in ARCH_DEFAULTS:
+            return given  # pydantic says what is wrong
+        filled = {**given}
+        hidden = given.get("hidden_size")
+        defaults = {**ARCH_DEFAULTS[given["arch"]], "num_kv_heads": given.get("num_heads")}
+        if isinstance(hidden, int):
+            defaults["ffn_hidden_size"] = 4 * hidden if given["arch"] == "gpt" else -(-8 * hidden // (3 * 64)) * 64
+        for key, value in defaults.items():
+            if filled.get(key) is None:
+                filled[key] = value
+        return filled
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+class ParallelConfig(Section):
+    """How the model is cut. Data parallelism is what remains: world / (tensor x pipeline)."""
+
+    tensor: PositiveInt = 1
+    """Ranks that share each matrix; keep it inside a node."""
+    pipeline: PositiveInt = 1
+    """Stages of consecutive layers (DeepSpeed's 1F1B); needs ZeRO 0 or 1."""
+    sequence: bool = False
+    """Split norms, dropout and the residual stream over the tensor-parallel ranks by token."""
+    recompute: Recompute = "none"
+    """``selective``: recompute attention and the MLP activation in backward; ``full``: recompute whole blocks."""
+
+
+class DataConfig(Section):
+    """Where the tokens come from. Order is a function of (seed, epoch, blend) only; position is a count of samples."""
+
+    train: list[tuple[PositiveFloat, str]] = Field(default=[])
+    """Weighted blend: ``[[weight, path prefix of .bin/.idx], ...]``; weights are normalised."""
+    valid: list[tuple[PositiveFloat, str]] = Field(default=[])
+    """The same for evaluation; empty switches evaluation off."""
+    tokenizer: str | None = None
+    """SentencePiece ``.model`` file; checked against the vocabulary the data was written with."""
+    document_mask: bool = False
+    """Attention stays inside a document, and the first token of a document is no target."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over applied steps; the peak is ``optimizer.params.lr``."""
+
+    kind: ScheduleKind = "cosine"
+    """Shape after warm-up. ``wsd`` is warm-up, stable, then a linear decay."""
+    warmup_steps: NonNegativeInt | None = None
+    """Linear warm-up from 0; ``null`` with ``warmup_tokens`` null means none."""
+    warmup_tokens: NonNegativeInt | None = None
+    """The same in tokens, rounded up to steps."""
+    decay_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
+    """Share of the run spent in the decay of ``wsd``."""
+    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Last learning rate over peak."""
+
+
+class LossConfig(Section):
+    """Next-token cross-entropy: a sum over targets divided by the step's global target count."""
+
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log-sum-exp of the logits (PaLM, sec. 5: 1e-4)."""
+
+
+class RunConfig(Section):
+    """The run itself: where, how long, how often."""
+
+    dir: str = "runs/default"
+    """Run folder: config.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/."""
+    total_steps: PositiveInt | None = None
+    """Optimizer steps to attempt; give this or ``total_tokens``."""
+    total_tokens: PositiveInt | None = None
+    """The same in tokens, rounded up to steps."""
+    log_interval: PositiveInt = 10
+    """Steps between console lines; ``metrics.jsonl`` gets every step."""
+    eval_interval: PositiveInt | None = None
+    """Steps between evaluations; ``null``: only at the end."""
+    eval_samples: PositiveInt = 256
+    """Validation samples per evaluation, the same ones each time."""
+    save_interval: PositiveInt | None = None
+    """Steps between checkpoints; ``null``: only at the end."""
+    keep_last: PositiveInt | None = None
+    """Checkpoints to keep; ``null`` keeps all."""
+    resume: str = "auto"
+    """``auto``: the newest checkpoint of ``dir`` if there is one; ``none``: start anew; else the path of a checkpoints folder."""
+    seed: NonNegativeInt = 1234
+    """Of the initial weights, dropout and the data order."""
+    compile: bool = False
+    """``torch.compile`` of the blocks, in pieces between collectives where tensor > 1."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels (slower on accelerators; CPU runs are deterministic anyway)."""
+
+
+class Megastab(Section):
+    """The ``"megastab"`` block."""
+
+    model: ModelConfig
+    """The network."""
+    parallel: ParallelConfig = ParallelConfig()
+    """The cut."""
+    data: DataConfig = DataConfig()
+    """The tokens."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate."""
+    loss: LossConfig = LossConfig()
+    """The objective."""
+    run: RunConfig = RunConfig()
+    """The run."""
