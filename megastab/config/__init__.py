@@ -1,0 +1,1 @@
+"""The one JSON of a run: schema, loading, completion, rules. Imports neither torch nor DeepSpeed."""

@@ -25,6 +25,10 @@ ARCH_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Default of a field whose own type has no null: ModelConfig fills it before the field is validated.
+_FROM_ARCH: Any = None
+
+
 class Section(BaseModel):
     """A section refuses keys it does not know and is immutable once built."""
 
@@ -52,24 +56,24 @@ class ModelConfig(Section):
     """Width of the residual stream."""
     num_heads: PositiveInt
     """Query heads; ``hidden_size / num_heads`` is the head width."""
-    num_kv_heads: PositiveInt = Field(default=None)
+    num_kv_heads: PositiveInt = Field(default=_FROM_ARCH)
     """Key and value heads (grouped-query attention); ``null`` means ``num_heads``."""
-    ffn_hidden_size: PositiveInt = Field(default=None)
+    ffn_hidden_size: PositiveInt = Field(default=_FROM_ARCH)
     """Width of the MLP; ``null`` means 4 x hidden (gpt) or 8/3 x hidden rounded up to 64 (llama)."""
     max_seq_len: PositiveInt
     """Tokens per training sample, and the longest sequence the model accepts."""
     vocab_size: PositiveInt | None = None
     """Vocabulary before padding to a multiple of 128; ``null`` takes it from ``data.tokenizer``."""
-    activation: Activation = Field(default=None)
+    activation: Activation = Field(default=_FROM_ARCH)
     """``null``: gelu (tanh form) for gpt, silu for llama. ``topk`` keeps the ``activation_topk`` largest entries of each token."""
     activation_topk: PositiveFloat = Field(default=0.1, le=1.0)
     """Share of MLP channels kept by ``activation: topk``."""
-    tie_embeddings: bool = Field(default=None)
+    tie_embeddings: bool = Field(default=_FROM_ARCH)
     """One matrix for embedding and head; ``null``: true for gpt, false for llama."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """On the embedding and on both branches of a block (gpt only). Attention probabilities are not dropped: flash kernels own their
     random numbers, and a mask must be a function of the sample and position alone to be equal at every layout."""
-    norm: Norm = Field(default=None)
+    norm: Norm = Field(default=_FROM_ARCH)
     """``null``: layernorm for gpt, rmsnorm for llama."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the variance or mean square before the root."""

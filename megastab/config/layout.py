@@ -1,0 +1,36 @@
+"""How the ranks of a run are divided: world = tensor x pipeline x data."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from megastab.config.errors import UserError
+from megastab.config.schema import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the three axes; their product is ``world``."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    data: int
+
+
+def world_from_environment() -> int:
+    """What the launcher exported as ``WORLD_SIZE``, or 1 when nothing launched us."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def divide(world: int, parallel: ParallelConfig) -> Layout:
+    """The layout of ``world`` ranks; data parallelism is what remains."""
+    model_ranks = parallel.tensor * parallel.pipeline
+    if world % model_ranks:
+        raise UserError(
+            f"megastab.parallel.tensor = {parallel.tensor} times megastab.parallel.pipeline = {parallel.pipeline} is {model_ranks}, "
+            f"which does not divide the {world} ranks of this run. Start a multiple of {model_ranks} ranks "
+            f"(deepspeed --num_gpus {max(1, -(-world // model_ranks)) * model_ranks} ...), or lower tensor or pipeline."
+        )
+    return Layout(world=world, tensor=parallel.tensor, pipeline=parallel.pipeline, data=world // model_ranks)

@@ -1,0 +1,220 @@
+"""Rules that hold between fields of the ``"megastab"`` block and the layout. Each message names the values and the fix.
+
+What DeepSpeed's own keys must not say is in ``refusals.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megastab.config.layout import Layout
+from megastab.config.schema import Megastab
+from megastab.config.settings import stage_of
+from megastab.config.vocab import padded_vocab
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rule may look at: our block, DeepSpeed's part with explicit batch sizes, and the layout."""
+
+    megastab: Megastab
+    deepspeed: dict[str, Any]
+    layout: Layout
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return int(self.deepspeed["train_batch_size"]) * self.megastab.model.max_seq_len
+
+
+Rule = Callable[[Facts], "str | None"]
+
+
+def broken_rules(facts: Facts) -> list[str]:
+    """The message of every rule the config breaks."""
+    return [message for rule in RULES if (message := rule(facts))]
+
+
+def steps_of(tokens: int, tokens_per_step: int) -> int:
+    """``tokens`` in steps, rounded up."""
+    return -(-tokens // tokens_per_step)
+
+
+def total_steps(facts: Facts) -> int | None:
+    """Length of the run in steps; None when neither steps nor tokens are given."""
+    run = facts.megastab.run
+    return run.total_steps if run.total_tokens is None else steps_of(run.total_tokens, facts.tokens_per_step)
+
+
+def warmup_steps(facts: Facts) -> int:
+    """Length of the warm-up in steps; 0 when neither steps nor tokens are given."""
+    schedule = facts.megastab.schedule
+    return (schedule.warmup_steps or 0) if schedule.warmup_tokens is None else steps_of(schedule.warmup_tokens, facts.tokens_per_step)
+
+
+def _hidden_over_heads(facts: Facts) -> str | None:
+    model = facts.megastab.model
+    if model.hidden_size % model.num_heads == 0:
+        return None
+    nearest = max(1, round(model.hidden_size / model.num_heads)) * model.num_heads
+    return (
+        f"megastab.model.hidden_size = {model.hidden_size} is not a multiple of megastab.model.num_heads = {model.num_heads}: "
+        f"use hidden_size = {nearest}, or another number of heads."
+    )
+
+
+def _even_head(facts: Facts) -> str | None:
+    model = facts.megastab.model
+    if model.arch != "llama" or model.hidden_size % model.num_heads or model.head_dim % 2 == 0:
+        return None
+    return (
+        f"megastab.model.hidden_size / num_heads = {model.hidden_size} / {model.num_heads} = {model.head_dim} is odd, and rotary "
+        f"positions turn pairs of channels: use hidden_size = {model.num_heads * (model.head_dim + 1)} or another num_heads."
+    )
+
+
+def _query_groups(facts: Facts) -> str | None:
+    model = facts.megastab.model
+    if model.num_heads % model.num_kv_heads == 0:
+        return None
+    return (
+        f"megastab.model.num_kv_heads = {model.num_kv_heads} does not divide megastab.model.num_heads = {model.num_heads}: "
+        f"use one of {_divisors(model.num_heads)}."
+    )
+
+
+def _heads_over_tensor(facts: Facts) -> str | None:
+    heads, tensor = facts.megastab.model.num_heads, facts.layout.tensor
+    if heads % tensor == 0:
+        return None
+    return (
+        f"megastab.model.num_heads = {heads} is not a multiple of megastab.parallel.tensor = {tensor}: "
+        f"set megastab.parallel.tensor to one of {_divisors(heads)}."
+    )
+
+
+def _kv_heads_over_tensor(facts: Facts) -> str | None:
+    heads, tensor = facts.megastab.model.num_kv_heads, facts.layout.tensor
+    if heads % tensor == 0 or tensor % heads == 0:
+        return None
+    return (
+        f"megastab.model.num_kv_heads = {heads} and megastab.parallel.tensor = {tensor}: one must divide the other, so that each rank "
+        f"holds whole key heads or a copy of one. Set megastab.parallel.tensor to one of {_divisors(heads)}, or a multiple of {heads}."
+    )
+
+
+def _ffn_over_tensor(facts: Facts) -> str | None:
+    width, tensor = facts.megastab.model.ffn_hidden_size, facts.layout.tensor
+    if width % tensor == 0:
+        return None
+    return (
+        f"megastab.model.ffn_hidden_size = {width} is not a multiple of megastab.parallel.tensor = {tensor}: "
+        f"use ffn_hidden_size = {steps_of(width, tensor) * tensor}."
+    )
+
+
+def vocabulary_over_tensor(facts: Facts) -> str | None:
+    """The padded vocabulary is cut over the tensor-parallel ranks; checked again once the tokenizer has told it."""
+    vocab, tensor = facts.megastab.model.vocab_size, facts.layout.tensor
+    if vocab is None or padded_vocab(vocab) % tensor == 0:
+        return None
+    return (
+        f"megastab.model.vocab_size = {vocab} is padded to {padded_vocab(vocab)} rows (a multiple of 128), which "
+        f"megastab.parallel.tensor = {tensor} does not divide: use a power of two up to 128."
+    )
+
+
+def _layers_over_stages(facts: Facts) -> str | None:
+    layers, stages = facts.megastab.model.num_layers, facts.layout.pipeline
+    if layers >= stages:
+        return None
+    return (
+        f"megastab.model.num_layers = {layers} is less than megastab.parallel.pipeline = {stages}: some stage would hold no layer. "
+        f"Set megastab.parallel.pipeline to {layers} or less."
+    )
+
+
+def _pipeline_with_zero(facts: Facts) -> str | None:
+    stages, zero = facts.layout.pipeline, stage_of(facts.deepspeed)
+    if stages == 1 or zero < 2:
+        return None
+    return (
+        f"megastab.parallel.pipeline = {stages} with zero_optimization.stage = {zero}: ZeRO 2 and 3 scatter gradients after every "
+        f"micro-batch, which the pipeline keeps whole until the last one. Use zero_optimization.stage = 1, or pipeline = 1."
+    )
+
+
+def _sequence_slices(facts: Facts) -> str | None:
+    tensor, length = facts.layout.tensor, facts.megastab.model.max_seq_len
+    micro = facts.deepspeed["train_micro_batch_size_per_gpu"]
+    if not facts.megastab.parallel.sequence or (micro * length) % tensor == 0:
+        return None
+    return (
+        f"megastab.parallel.sequence cuts the {micro} x {length} tokens of a micro-batch (train_micro_batch_size_per_gpu x "
+        f"megastab.model.max_seq_len) over megastab.parallel.tensor = {tensor} ranks, and {micro * length} is not a multiple of {tensor}: "
+        f"use max_seq_len = {steps_of(length, tensor) * tensor}."
+    )
+
+
+def _dropout_arch(facts: Facts) -> str | None:
+    model = facts.megastab.model
+    if model.dropout == 0.0 or model.arch == "gpt":
+        return None
+    return f'megastab.model.dropout = {model.dropout} is for arch "gpt" only: set it to 0, or use megastab.model.arch = "gpt".'
+
+
+def _one_length(facts: Facts) -> str | None:
+    run = facts.megastab.run
+    if run.total_steps is None and run.total_tokens is None:
+        return "megastab.run.total_steps is missing: give it, or megastab.run.total_tokens."
+    if run.total_steps is not None and run.total_tokens is not None:
+        return (
+            f"megastab.run.total_steps = {run.total_steps} and megastab.run.total_tokens = {run.total_tokens} are both given: "
+            f"keep one (override the other with null)."
+        )
+    return None
+
+
+def _one_warmup(facts: Facts) -> str | None:
+    schedule = facts.megastab.schedule
+    if schedule.warmup_steps is None or schedule.warmup_tokens is None:
+        return None
+    return (
+        f"megastab.schedule.warmup_steps = {schedule.warmup_steps} and megastab.schedule.warmup_tokens = {schedule.warmup_tokens} "
+        f"are both given: keep one (override the other with null)."
+    )
+
+
+def _warmup_fits(facts: Facts) -> str | None:
+    total, warmup = total_steps(facts), warmup_steps(facts)
+    if total is None or warmup <= total:
+        return None
+    key = "warmup_steps" if facts.megastab.schedule.warmup_tokens is None else "warmup_tokens"
+    return (
+        f"megastab.schedule.{key} makes a warm-up of {warmup} steps, longer than the run of {total} "
+        f"(megastab.run.total_steps or total_tokens): the peak is never reached. Shorten the warm-up to {max(1, total // 10)} steps."
+    )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(part) for part in range(1, number + 1) if number % part == 0)
+
+
+RULES: tuple[Rule, ...] = (
+    _hidden_over_heads,
+    _even_head,
+    _query_groups,
+    _heads_over_tensor,
+    _kv_heads_over_tensor,
+    _ffn_over_tensor,
+    vocabulary_over_tensor,
+    _layers_over_stages,
+    _pipeline_with_zero,
+    _sequence_slices,
+    _dropout_arch,
+    _one_length,
+    _one_warmup,
+    _warmup_fits,
+)

@@ -1,0 +1,68 @@
+"""Pydantic's complaint about the ``"megastab"`` block, in words: dotted path, value, nearest name or allowed values."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from megastab.config.nearest import did_you_mean
+from megastab.config.schema import Megastab
+
+
+def known_paths(model: type[BaseModel] = Megastab, prefix: str = "megastab") -> dict[str, str]:
+    """Dotted path -> description of every key of the block, sections included, in the order of the schema."""
+    paths: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        path = f"{prefix}.{name}"
+        paths[path] = field.description or ""
+        section = section_of(field.annotation)
+        if section is not None:
+            paths.update(known_paths(section, path))
+    return paths
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation (``X`` or ``X | None``), or None for a plain value."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and get_origin(candidate) is None and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def homes() -> dict[str, str]:
+    """Last part of a dotted path -> that path, for names that live in exactly one place of our block."""
+    leaves = [path.rsplit(".", 1)[1] for path in known_paths()]
+    return {leaf: path for leaf, path in zip(leaves, known_paths(), strict=True) if leaves.count(leaf) == 1}
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One sentence for every wrong key."""
+    return [_sentence(part) for part in error.errors()]
+
+
+def _sentence(part: Any) -> str:
+    path = ".".join(["megastab", *map(str, part["loc"])])
+    kind, value = part["type"], part.get("input")
+    if kind == "extra_forbidden":
+        return f"{path} is not a known key.{_nearest_key(part['loc'])}"
+    if kind == "missing":
+        return f"{path} is missing: {known_paths().get(path, '')}"
+    if kind == "literal_error":
+        return f"{path} = {_shown(value)} must be {part['ctx']['expected']}."
+    return f"{path} = {_shown(value)} is wrong: {part['msg'][:1].lower()}{part['msg'][1:]}."
+
+
+def _nearest_key(loc: tuple[int | str, ...]) -> str:
+    model: type[BaseModel] | None = Megastab
+    for step in loc[:-1]:
+        field = model.model_fields.get(str(step)) if model is not None else None
+        model = section_of(field.annotation) if field is not None else None
+    prefix = ".".join(["megastab", *map(str, loc[:-1]), ""])
+    return did_you_mean(str(loc[-1]), model.model_fields if model is not None else (), homes(), prefix)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
