@@ -21,16 +21,21 @@ class Layout:
 
 def world_from_environment() -> int:
     """What the launcher exported as ``WORLD_SIZE``, or 1 when nothing launched us."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal():
+        raise UserError(f"WORLD_SIZE = {said!r} in the environment must be the number of ranks.")
+    return int(said)
 
 
 def divide(world: int, parallel: ParallelConfig) -> Layout:
     """The layout of ``world`` ranks; data parallelism is what remains."""
+    if world < 1:
+        raise UserError(f"the number of ranks is {world}: WORLD_SIZE, or world_size, must be 1 or more.")
     model_ranks = parallel.tensor * parallel.pipeline
     if world % model_ranks:
         raise UserError(
             f"megastab.parallel.tensor = {parallel.tensor} times megastab.parallel.pipeline = {parallel.pipeline} is {model_ranks}, "
             f"which does not divide the {world} ranks of this run. Start a multiple of {model_ranks} ranks "
-            f"(deepspeed --num_gpus {max(1, -(-world // model_ranks)) * model_ranks} ...), or lower tensor or pipeline."
+            f"(deepspeed --num_gpus {-(-world // model_ranks) * model_ranks} ...), or lower tensor or pipeline."
         )
     return Layout(world=world, tensor=parallel.tensor, pipeline=parallel.pipeline, data=world // model_ranks)

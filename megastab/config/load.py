@@ -22,6 +22,7 @@ from megastab.config.refusals import refused
 from megastab.config.rules import Facts, broken_rules
 from megastab.config.schema import Megastab
 from megastab.config.schema_errors import explain
+from megastab.config.settings import without_nulls
 from megastab.config.source import apply_overrides, read_source
 
 
@@ -35,7 +36,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     megastab = _take_block(deepspeed, name)
     _raise_if(refused(deepspeed, megastab) + wrong_optimizer(deepspeed), name)
     layout = divide(world_from_environment() if world_size is None else world_size, megastab.parallel)
-    completed, completions = complete(deepspeed, megastab)
+    completed, completions = complete(without_nulls(deepspeed), megastab)
     completed.update(complete_batch(completed, layout))
     _raise_if(broken_rules(Facts(megastab, completed, layout)), name)
     return Config(megastab=megastab, deepspeed=completed, completions=completions, layout=layout)

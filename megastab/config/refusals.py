@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from megastab.config.complete import sends_slices
@@ -31,10 +32,9 @@ REFUSED: dict[str, str] = {
     "zero_optimization.zenflow": "it replaces the optimizer wrapper, and with it the masters and norms megastab watches: leave it out.",
 }
 
-# Single values that are wrong -> why, and what to write. A key the loader completes stands here with the value it must not have.
-REFUSED_VALUES: tuple[tuple[str, Any, str], ...] = (
+# Switches that must not stand at this value -> why, and what to write.
+REFUSED_VALUES: tuple[tuple[str, bool, str], ...] = (
     ("managed_gradient_accumulation", False, "the trainer counts micro-batches as DeepSpeed does: leave it out."),
-    ("gradient_allreduce_op", "sum", "the loss is already divided by the tokens of the whole step: leave it out."),
     ("zero_optimization.round_robin_gradients", True, "it makes DeepSpeed's map from parameters to fp32 masters wrong: leave it out."),
     ("zero_optimization.compute_grad_norm", False, "clipping and every stability method need the norm: leave it out."),
     ("zero_optimization.offload_optimizer.super_offload", True, "it replaces the optimizer wrapper: leave it out."),
@@ -44,14 +44,18 @@ REFUSED_VALUES: tuple[tuple[str, Any, str], ...] = (
     ("bf16.check_grad_overflow", False, "one non-finite gradient would make every weight NaN under ZeRO 1 and 2: set it to true."),
 )
 
+_SWITCHES = (*(path for path, _, _ in REFUSED_VALUES), "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+
 
 def refused(deepspeed: dict[str, Any], megastab: Megastab) -> list[str]:
     """One sentence for every DeepSpeed setting that must not stand."""
     problems = [f"{path} is refused: {why}" for path, why in REFUSED.items() if _is_set(read(deepspeed, path))]
-    problems += [_said(deepspeed, path) + f" is refused: {why}" for path, bad, why in REFUSED_VALUES if read(deepspeed, path) == bad]
-    for check in (_stage, _clipping, _precision, _autocast, _accumulation, _communication, _optimizer_switches, _offload, _partitions):
-        problems += check(deepspeed, megastab)
-    return problems
+    problems += [f"{_said(deepspeed, path)} is refused: {why}" for path, bad, why in REFUSED_VALUES if read(deepspeed, path) is bad]
+    if read(deepspeed, "gradient_allreduce_op", "mean") != "mean":
+        problems.append(f"{_said(deepspeed, 'gradient_allreduce_op')} is refused: the loss is a mean over the whole step; leave it out.")
+    for check in _CHECKS:
+        problems += check(deepspeed)
+    return problems + _partitions(deepspeed, megastab)
 
 
 def _is_set(value: Any) -> bool:
@@ -65,77 +69,105 @@ def _said(deepspeed: dict[str, Any], path: str) -> str:
     return f"{path} = {json.dumps(read(deepspeed, path))}"
 
 
-def _stage(deepspeed: dict[str, Any], megastab: Megastab) -> list[str]:
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _stage(deepspeed: dict[str, Any]) -> list[str]:
     stage = read(deepspeed, "zero_optimization.stage", 0)
     if isinstance(stage, int) and not isinstance(stage, bool) and 0 <= stage <= 3:
         return []
     return [f"zero_optimization.stage = {json.dumps(stage)} must be 0, 1, 2 or 3."]
 
 
-def _clipping(deepspeed: dict[str, Any], megastab: Megastab) -> list[str]:
+def _legal_stage(deepspeed: dict[str, Any]) -> int:
+    """The stage, or 0 where what is written is none (``_stage`` reports that)."""
+    return 0 if _stage(deepspeed) else stage_of(deepspeed)
+
+
+def _clipping(deepspeed: dict[str, Any]) -> list[str]:
     value = read(deepspeed, "gradient_clipping", 0.0)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
+    if _number(value) and value >= 0:
         return []
     return [f"gradient_clipping = {json.dumps(value)} must be a number: the largest global norm, or 0.0 for no clipping."]
 
 
-def _precision(deepspeed: dict[str, Any], megastab: Megastab) -> list[str]:
+def _switches(deepspeed: dict[str, Any], prefix: str = "") -> list[str]:
+    """A switch must be a JSON boolean: the word "false" would be true for one reader and false for another."""
+    problems = []
+    for key, value in deepspeed.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            problems += _switches(value, f"{path}.")
+        elif (key == "enabled" or path in _SWITCHES) and value is not None and not isinstance(value, bool):
+            problems.append(f"{path} = {json.dumps(value)} must be true or false.")
+    return problems
+
+
+def _precision(deepspeed: dict[str, Any]) -> list[str]:
     if read(deepspeed, "bf16.enabled") and read(deepspeed, "fp16.enabled"):
-        return ["bf16.enabled and fp16.enabled are both true: keep one."]
+        return ["bf16.enabled and fp16.enabled are both true: set one of them to false."]
     return []
 
 
-def _autocast(deepspeed: dict[str, Any], megastab: Megastab) -> list[str]:
-    if not read(deepspeed, "torch_autocast.enabled") or read(deepspeed, "torch_autocast.dtype") not in (
-        "fp16",
-        "float16",
-        "half",
-        "torch.float16",
-    ):
+def _autocast(deepspeed: dict[str, Any]) -> list[str]:
+    half = read(deepspeed, "torch_autocast.dtype") in ("fp16", "float16", "half", "torch.float16")
+    if not half or not read(deepspeed, "torch_autocast.enabled") or _legal_stage(deepspeed) == 0:
         return []
-    return [
-        _said(deepspeed, "torch_autocast.dtype") + " is refused: under ZeRO the clip factor is wrong by the loss scale. "
-        'Use "fp16" or "bf16" instead of torch_autocast.'
-    ]
+    said = _said(deepspeed, "torch_autocast.dtype")
+    return [f"{said} with ZeRO is refused: the clip factor would be wrong by the loss scale. Use the fp16 or bf16 section instead."]
 
 
-def _accumulation(deepspeed: dict[str, Any], megastab: Megastab) -> list[str]:
+def _accumulation(deepspeed: dict[str, Any]) -> list[str]:
     dtype, precision = read(deepspeed, "data_types.grad_accum_dtype", "fp32"), precision_of(deepspeed)
     if dtype in ("fp32", precision):
         return []
     return [f'data_types.grad_accum_dtype = {json.dumps(dtype)} in a {precision} run: use "fp32", or leave it out.']
 
 
-def _communication(deepspeed: dict[str, Any], megastab: Megastab) -> list[str]:
+def _communication(deepspeed: dict[str, Any]) -> list[str]:
     dtype = read(deepspeed, "communication_data_type", "fp32")
     if dtype in ("fp32", "bf16", "fp16"):
         return []
     return [f"communication_data_type = {json.dumps(dtype)} must be fp32, bf16 or fp16; leave it out for fp32."]
 
 
-def _optimizer_switches(deepspeed: dict[str, Any], megastab: Megastab) -> list[str]:
+def _own_optimizer(deepspeed: dict[str, Any]) -> list[str]:
     problems = []
-    if (stage_or_zero(deepspeed) > 0 or precision_of(deepspeed) != "fp32") and read(deepspeed, "zero_allow_untested_optimizer") is False:
+    has_zero = _legal_stage(deepspeed) > 0 or precision_of(deepspeed) != "fp32"  # 16-bit runs are promoted to stage 1
+    if has_zero and read(deepspeed, "zero_allow_untested_optimizer") is False:
         problems.append("zero_allow_untested_optimizer = false is refused: megastab builds the optimizer itself; set it to true.")
     if offload_device(deepspeed, "optimizer") != "none" and read(deepspeed, "zero_force_ds_cpu_optimizer") is True:
         problems.append("zero_force_ds_cpu_optimizer = true is refused: megastab builds the optimizer itself; set it to false.")
     return problems
 
 
-def stage_or_zero(deepspeed: dict[str, Any]) -> int:
-    """The ZeRO stage, or 0 where what is written is no stage (which is reported elsewhere)."""
-    return stage_of(deepspeed) if not _stage(deepspeed, None) else 0  # type: ignore[arg-type]
-
-
-def _offload(deepspeed: dict[str, Any], megastab: Megastab) -> list[str]:
-    problems, stage = [], stage_or_zero(deepspeed)
+def _offload(deepspeed: dict[str, Any]) -> list[str]:
+    problems, stage = [], _legal_stage(deepspeed)
+    if precision_of(deepspeed) != "fp32":
+        stage = max(1, stage)  # promoted
     for what, lowest in (("optimizer", 1), ("param", 3)):
         device, path = offload_device(deepspeed, what), f"zero_optimization.offload_{what}"
         if device not in ("none", "cpu"):
-            problems.append(f'{path}.device = "{device}" is refused: methods that read the fp32 masters cannot reach a disk; use "cpu".')
+            problems.append(f'{path}.device = "{device}" is refused: what reads the fp32 masters cannot reach a disk; use "cpu".')
         elif device == "cpu" and stage < lowest:
-            problems.append(f"{path} with zero_optimization.stage = {stage}: it needs stage {lowest}{' or higher' if lowest < 3 else ''}.")
+            problems.append(
+                f'{path}.device = "cpu" with zero_optimization.stage = {stage}: set the stage to {lowest}, or device to "none".'
+            )
     return problems
+
+
+_CHECKS: tuple[Callable[[dict[str, Any]], list[str]], ...] = (
+    _stage,
+    _clipping,
+    _switches,
+    _precision,
+    _autocast,
+    _accumulation,
+    _communication,
+    _own_optimizer,
+    _offload,
+)
 
 
 def _partitions(deepspeed: dict[str, Any], megastab: Megastab) -> list[str]:

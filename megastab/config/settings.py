@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 
@@ -21,6 +22,12 @@ def write(deepspeed: dict[str, Any], path: str, value: Any) -> None:
             deepspeed[key] = {}
         deepspeed = deepspeed[key]
     deepspeed[last] = value
+
+
+def without_nulls(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """A copy without the keys set to null: null means absent, and parts of DeepSpeed cannot read it."""
+    kept = {key: value for key, value in deepspeed.items() if value is not None}
+    return {key: without_nulls(value) if isinstance(value, dict) else copy.deepcopy(value) for key, value in kept.items()}
 
 
 def precision_of(deepspeed: dict[str, Any]) -> str:
