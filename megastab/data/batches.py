@@ -1,0 +1,124 @@
+"""Micro-batches of one data-parallel rank. The exact position in the data is one integer, the count of consumed samples.
+
+A step takes the samples [consumed, consumed + micro_batch * accumulation * dp_size) whatever the layout; micro-batch m of rank r
+takes ``micro_batch`` of them from ``consumed + (m * dp_size + r) * micro_batch``. Shapes: B micro-batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megastab.data.samples import SampleSource
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of one data-parallel rank gets, on the CPU."""
+
+    tokens: Tensor
+    """int64 [B, S]."""
+    labels: Tensor
+    """int64 [B, S]: the token after each input."""
+    weights: Tensor
+    """float32 [B, S]: 1 for a target that counts, 0 for a masked one."""
+    sample_ids: Tensor
+    """int64 [B]: global sample index, the key of dropout."""
+    document_ids: Tensor | None
+    """int32 [B, S], ascending from 0 in each row; only with a document mask."""
+
+
+def assemble(source: SampleSource, first: int, count: int, document_mask: bool, stop: int | None = None) -> MicroBatch:
+    """Samples [first, first + count) as one micro-batch; those from ``stop`` on are padding of weight 0."""
+    num_real = count if stop is None else min(max(stop - first, 0), count)
+    tokens = np.zeros((count, source.seq_len + 1), np.int64)
+    weights = np.zeros((count, source.seq_len), np.float32)
+    documents = np.zeros((count, source.seq_len), np.int32)
+    for row in range(num_real):
+        tokens[row], documents[row], is_same_document = source[first + row]
+        weights[row] = is_same_document if document_mask else 1.0
+    tokens_BS1 = torch.from_numpy(tokens)
+    return MicroBatch(
+        tokens=tokens_BS1[:, :-1].contiguous(),
+        labels=tokens_BS1[:, 1:].contiguous(),
+        weights=torch.from_numpy(weights),
+        sample_ids=torch.arange(first, first + count),
+        document_ids=torch.from_numpy(documents) if document_mask else None,
+    )
+
+
+class Batches:
+    """Endless training steps; save ``consumed`` and pass it back as ``start``, at any layout, to go on exactly there."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        dp_rank: int,
+        dp_size: int,
+        document_mask: bool,
+        start: int = 0,
+    ) -> None:
+        self.source = source
+        self.micro_batch = micro_batch
+        self.accumulation = accumulation
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.document_mask = document_mask
+        self.consumed = start
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.micro_batch * self.accumulation * self.dp_size
+
+    def next_step(self) -> list[MicroBatch]:
+        """This rank's micro-batches of one optimizer step."""
+        strides = range(self.dp_rank, self.accumulation * self.dp_size, self.dp_size)
+        firsts = [self.consumed + stride * self.micro_batch for stride in strides]
+        batches = [assemble(self.source, first, self.micro_batch, self.document_mask) for first in firsts]
+        self.consumed += self.global_batch
+        return batches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The first ``num_samples`` samples of a source, each exactly once over the ranks; iterate it anew for every evaluation.
+
+    Every rank runs the same number of micro-batches; rows beyond the last sample are padding of weight 0.
+    """
+
+    source: SampleSource
+    num_samples: int
+    micro_batch: int
+    dp_rank: int
+    dp_size: int
+    document_mask: bool
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // (self.micro_batch * self.dp_size))
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for number in range(len(self)):
+            first = (number * self.dp_size + self.dp_rank) * self.micro_batch
+            yield assemble(self.source, first, self.micro_batch, self.document_mask, stop=self.num_samples)
+
+
+def evaluation_batches(
+    source: SampleSource,
+    num_samples: int,
+    *,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    document_mask: bool,
+) -> Evaluation:
+    """``run.eval_samples`` samples, or as many as the first epoch has; open the source with ``shuffle=False``."""
+    available = min(num_samples, source.first_epoch_samples)
+    return Evaluation(source, available, micro_batch, dp_rank, dp_size, document_mask)

@@ -1,0 +1,89 @@
+"""SentencePiece tokenizer that gives back every byte it was given, with an end-of-document token.
+
+A model made by ``tokenizer_training`` normalises nothing and falls back to bytes, so that ``decode(encode(text)) == text`` for
+source code as for prose. SentencePiece writes a space as U+2581 inside its pieces and would turn a U+2581 of the text into a
+space; that one character is therefore encoded as its three bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megastab.config.errors import UserError
+
+EOD_PIECE = "<eod>"
+_SPACE_MARK = "\u2581".encode()
+
+
+class Tokenizer:
+    """A SentencePiece ``.model`` file. Pickles as its path, so that each worker process loads its own copy."""
+
+    def __init__(self, path: str | Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.path = str(path)
+        try:
+            model = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"tokenizer {self.path}: {error.strerror}; give a SentencePiece .model file (tools/train_tokenizer.py makes one)"
+            ) from error
+        self.fingerprint: str = hashlib.sha256(model).hexdigest()
+        try:
+            self._processor: Any = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"tokenizer {self.path}: not a SentencePiece .model file ({len(model)} bytes)") from error
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str]]:
+        return Tokenizer, (self.path,)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces; ids are below it."""
+        return int(self._processor.vocab_size())
+
+    @cached_property
+    def eod(self) -> int:
+        """Id of the token that ends a document: ``<eod>``, or a foreign model's ``</s>``."""
+        found = self._processor.piece_to_id(EOD_PIECE)
+        if self._processor.id_to_piece(found) == EOD_PIECE:
+            return int(found)
+        if self._processor.eos_id() >= 0:
+            return int(self._processor.eos_id())
+        raise UserError(
+            f"tokenizer {self.path}: has neither {EOD_PIECE} nor an end-of-sentence piece; train it with tools/train_tokenizer.py"
+        )
+
+    @cached_property
+    def _space_mark_ids(self) -> list[int] | None:
+        pieces = [f"<0x{byte:02X}>" for byte in _SPACE_MARK]
+        ids = [int(self._processor.piece_to_id(piece)) for piece in pieces]
+        has_bytes = all(self._processor.id_to_piece(i) == piece for i, piece in zip(ids, pieces, strict=True))
+        return ids if has_bytes else None
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Token ids of a text (bytes are UTF-8), without an end-of-document token."""
+        return self.encode_batch([text.encode() if isinstance(text, str) else text])[0]
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[list[int]]:
+        """Token ids of several UTF-8 texts, in one call on one thread: parallelism is by process."""
+        ids: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
+        if self._space_mark_ids is not None:
+            for position, text in enumerate(texts):
+                if _SPACE_MARK in text:
+                    ids[position] = self._encode_with_marks(text, self._space_mark_ids)
+        return ids
+
+    def _encode_with_marks(self, text: bytes, mark: list[int]) -> list[int]:
+        first, *rest = self._processor.encode(text.split(_SPACE_MARK), num_threads=1)
+        for part in rest:
+            first += mark + part
+        return first
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; end-of-document tokens leave no trace."""
+        return str(self._processor.decode([int(i) for i in ids]))
