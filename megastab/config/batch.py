@@ -45,9 +45,13 @@ def _size(deepspeed: dict[str, Any], key: str) -> int | None:
 def _mismatch(deepspeed: dict[str, Any], train: int, micro: int, accumulation: int, layout: Layout) -> str:
     keys = (TRAIN, MICRO, ACCUMULATION)
     said = ", ".join(f"{key} = {'not given' if deepspeed.get(key) is None else deepspeed[key]}" for key in keys)
-    fits = [f"{TRAIN} = {_nearest(deepspeed, train, micro, accumulation, layout.data)}"]
-    if deepspeed.get(ACCUMULATION) is not None and train % (micro * layout.data) == 0:
-        fits.append(f"{ACCUMULATION} = {train // (micro * layout.data)}")
+    has_micro, has_accumulation = deepspeed.get(MICRO) is not None, deepspeed.get(ACCUMULATION) is not None
+    # A size that was not given may follow the batch, so that it does not coarsen what the batch can be.
+    unit = (micro if has_micro else 1) * (accumulation if has_accumulation or not has_micro else 1) * layout.data
+    nearest = unit if has_micro and has_accumulation else max(1, round(train / unit)) * unit
+    fits = [f"{TRAIN} = {nearest}"]
+    if has_micro and train % layout.data == 0:
+        fits += _other_fits(train // layout.data, micro, has_accumulation)
     return (
         f"the batch sizes do not fit: {said}, and data-parallel ranks = {layout.data} (world {layout.world} / tensor {layout.tensor} / "
         f"pipeline {layout.pipeline}); {TRAIN} must be micro batch x accumulation x data-parallel ranks. "
@@ -55,10 +59,9 @@ def _mismatch(deepspeed: dict[str, Any], train: int, micro: int, accumulation: i
     )
 
 
-def _nearest(deepspeed: dict[str, Any], train: int, micro: int, accumulation: int, dp: int) -> int:
-    """The closest batch that the given micro batch and accumulation allow; a size that was not given may follow it."""
-    if deepspeed.get(MICRO) is None:
-        return max(1, round(train / (accumulation * dp))) * accumulation * dp
-    if deepspeed.get(ACCUMULATION) is None:
-        return max(1, round(train / (micro * dp))) * micro * dp
-    return micro * accumulation * dp
+def _other_fits(samples_per_rank: int, micro: int, has_accumulation: bool) -> list[str]:
+    """Ways to keep the global batch: another accumulation for this micro batch, or the largest smaller micro batch that divides."""
+    if samples_per_rank % micro == 0:
+        return [f"{ACCUMULATION} = {samples_per_rank // micro}"] if has_accumulation else []
+    smaller = next(size for size in range(min(micro, samples_per_rank), 0, -1) if samples_per_rank % size == 0)
+    return [f"{MICRO} = {smaller}" + (f" with {ACCUMULATION} = {samples_per_rank // smaller}" if has_accumulation else "")]

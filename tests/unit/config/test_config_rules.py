@@ -1,0 +1,147 @@
+"""Every rule: a config that breaks it alone, what the message says, and that the fix it tells loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from megastab.config.rules import RULES
+from megastab.config.vocab import padded_vocab
+
+
+@dataclass(frozen=True)
+class Case:
+    breaks: tuple[str, ...]
+    said: tuple[str, ...]
+    fix: tuple[str, ...]
+    world: int = 1
+
+
+CASES: dict[str, Case] = {
+    "_hidden_over_heads": Case(
+        ("megastab.model.hidden_size=70",),
+        ("megastab.model.hidden_size = 70", "num_heads = 8", "use hidden_size = 72"),
+        ("megastab.model.hidden_size=72", "megastab.model.num_heads=4"),
+    ),
+    "_even_head": Case(
+        ("megastab.model.hidden_size=56",),
+        ("hidden_size / num_heads = 56 / 8 = 7 is odd", "use hidden_size = 64"),
+        ("megastab.model.hidden_size=64",),
+    ),
+    "_query_groups": Case(
+        ("megastab.model.num_kv_heads=3",),
+        ("megastab.model.num_kv_heads = 3", "num_heads = 8", "one of 1, 2, 4, 8"),
+        ("megastab.model.num_kv_heads=2",),
+    ),
+    "_heads_over_tensor": Case(
+        ("megastab.parallel.tensor=3", "megastab.model.num_kv_heads=1", "megastab.model.vocab_size=380"),
+        ("megastab.model.num_heads = 8", "megastab.parallel.tensor = 3", "one of 1, 2, 4, 8"),
+        ("megastab.parallel.tensor=1", "train_batch_size=18"),
+        world=3,
+    ),
+    "_kv_heads_over_tensor": Case(
+        ("megastab.parallel.tensor=4", "megastab.model.num_heads=12", "megastab.model.num_kv_heads=6", "megastab.model.hidden_size=96"),
+        ("megastab.model.num_kv_heads = 6", "megastab.parallel.tensor = 4", "one of 1, 2, 3, 6, or a multiple of 6"),
+        ("megastab.parallel.tensor=2",),
+        world=4,
+    ),
+    "_ffn_over_tensor": Case(
+        ("megastab.parallel.tensor=4", "megastab.model.ffn_hidden_size=190"),
+        ("megastab.model.ffn_hidden_size = 190", "megastab.parallel.tensor = 4", "use ffn_hidden_size = 192"),
+        ("megastab.model.ffn_hidden_size=192",),
+        world=4,
+    ),
+    "vocabulary_over_tensor": Case(
+        ("megastab.parallel.tensor=3", "megastab.model.num_heads=6", "megastab.model.num_kv_heads=3", "megastab.model.hidden_size=60"),
+        ("megastab.model.vocab_size = 1000", "padded to 1024", "megastab.parallel.tensor = 3", "power of two"),
+        ("megastab.parallel.tensor=1", "train_batch_size=18"),
+        world=3,
+    ),
+    "_layers_over_stages": Case(
+        ("megastab.parallel.pipeline=8",),
+        ("megastab.model.num_layers = 4", "megastab.parallel.pipeline = 8", "to 4 or less"),
+        ("megastab.parallel.pipeline=4",),
+        world=8,
+    ),
+    "_pipeline_with_zero": Case(
+        ("megastab.parallel.pipeline=2", "zero_optimization.stage=2"),
+        ("megastab.parallel.pipeline = 2", "zero_optimization.stage = 2", "zero_optimization.stage = 1, or pipeline = 1"),
+        ("zero_optimization.stage=1",),
+        world=2,
+    ),
+    "_sequence_slices": Case(
+        ("megastab.parallel.sequence=true", "megastab.parallel.tensor=4", "megastab.model.max_seq_len=33"),
+        ("2 x 33 tokens", "megastab.parallel.tensor = 4", "66 is not a multiple of 4", "use max_seq_len = 36"),
+        ("megastab.model.max_seq_len=36",),
+        world=4,
+    ),
+    "_dropout_arch": Case(
+        ("megastab.model.dropout=0.1",),
+        ("megastab.model.dropout = 0.1", 'megastab.model.arch = "gpt"'),
+        ("megastab.model.arch=gpt",),
+    ),
+    "_one_length": Case(
+        ("megastab.run.total_steps=null",),
+        ("megastab.run.total_steps is missing", "megastab.run.total_tokens"),
+        ("megastab.run.total_tokens=51200",),
+    ),
+    "_one_warmup": Case(
+        ("megastab.schedule.warmup_steps=10", "megastab.schedule.warmup_tokens=512"),
+        ("megastab.schedule.warmup_steps = 10", "megastab.schedule.warmup_tokens = 512", "keep one"),
+        ("megastab.schedule.warmup_tokens=null",),
+    ),
+    "_warmup_fits": Case(
+        ("megastab.schedule.warmup_steps=101",),
+        ("megastab.schedule.warmup_steps", "101 steps", "run of 100", "to 10 steps"),
+        ("megastab.schedule.warmup_steps=10",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rule_tells_keys_values_and_a_fix_that_loads(load, refuse, name: str) -> None:
+    case = CASES[name]
+    message = refuse(*case.breaks, world=case.world)
+    assert len(message.splitlines()) == 2, f"more than one rule is broken:\n{message}"
+    for words in case.said:
+        assert words in message
+    load(*case.breaks, *case.fix, world=case.world)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert list(CASES) == [rule.__name__ for rule in RULES]
+
+
+def test_both_lengths_are_refused(refuse) -> None:
+    message = refuse("megastab.run.total_tokens=512")
+    assert "megastab.run.total_steps = 100 and megastab.run.total_tokens = 512 are both given: keep one" in message
+
+
+def test_warmup_in_tokens_is_named_when_it_is_too_long(refuse) -> None:
+    message = refuse("megastab.schedule.warmup_tokens=51713")  # one token over 101 steps of 512
+    assert "megastab.schedule.warmup_tokens makes a warm-up of 102 steps, longer than the run of 100" in message
+
+
+@pytest.mark.parametrize(("world", "heads"), [(4, 4), (8, 4), (2, 4)], ids=["equal", "copied", "shared"])
+def test_key_heads_may_be_shared_or_copied(load, world: int, heads: int) -> None:
+    load(f"megastab.parallel.tensor={world}", f"megastab.model.num_kv_heads={heads}", world=world)
+
+
+def test_sequence_parallelism_without_tensor_parallelism_is_a_no_op(load) -> None:
+    config = load("megastab.parallel.sequence=true", "megastab.model.max_seq_len=33", "megastab.parallel.pipeline=2", world=2)
+    assert config.layout.tensor == 1
+    assert "pipeline" not in config.deepspeed
+
+
+def test_sequence_slices_count_the_tokens_of_the_whole_micro_batch(load) -> None:
+    load("megastab.parallel.sequence=true", "megastab.parallel.tensor=2", "megastab.model.max_seq_len=33", world=2)
+
+
+def test_odd_heads_are_fine_without_rotary_positions(load) -> None:
+    load("megastab.model.arch=gpt", "megastab.model.hidden_size=56")
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(1, 128), (128, 128), (129, 256), (50257, 50304), (32000, 32000)])
+def test_vocabulary_is_padded_to_a_multiple_of_128(vocab: int, rows: int) -> None:
+    assert padded_vocab(vocab) == rows
