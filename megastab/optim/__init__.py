@@ -1,0 +1,1 @@
+"""What moves the weights: decay groups by role, the optimizer, the learning-rate schedule."""

@@ -1,0 +1,1 @@
+"""What a config will cost, before it is run."""

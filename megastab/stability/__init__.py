@@ -1,0 +1,1 @@
+"""What happened in a step and what was decided about it."""

@@ -1,0 +1,85 @@
+"""Saving and loading a run's checkpoints. ``latest`` is written last, by renaming, so that what it names is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megastab.checkpoint.manifest import Manifest
+from megastab.checkpoint.weights import FOLDER, save_weights
+from megastab.config.errors import UserError
+from megastab.parallel import collectives
+from megastab.parallel.grid import Grid
+from megastab.wrappers.bind import quiet
+
+LATEST = "latest"
+
+
+def tag_of(step: int) -> str:
+    """Folder name of the checkpoint after ``step``."""
+    return f"step{step:08d}"
+
+
+def save(engine: Any, grid: Grid, folder: Path, manifest: Manifest, keep_last: int | None = None) -> Path:
+    """Write one checkpoint (collective over the job) and return its folder."""
+    tag = tag_of(manifest.step)
+    is_first = collectives.world()[0] == 0
+    if is_first:
+        (folder / tag).mkdir(parents=True, exist_ok=True)
+    collectives.barrier()
+    save_weights(engine.module, grid, folder / tag / FOLDER)
+    with quiet():
+        engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    collectives.barrier()  # every rank's files are there
+    if is_first:
+        manifest.write(folder / tag)
+        _publish(folder, tag)
+        _prune(folder, keep_last)
+    collectives.barrier()
+    return folder / tag
+
+
+def _publish(folder: Path, tag: str) -> None:
+    temporary = folder / f"{LATEST}.new"
+    temporary.write_text(tag)
+    os.replace(temporary, folder / LATEST)
+
+
+def _prune(folder: Path, keep_last: int | None) -> None:
+    if keep_last is not None:
+        for old in sorted(folder.glob("step????????"))[:-keep_last]:
+            shutil.rmtree(old)
+
+
+def find(resume: str, own: Path) -> Path | None:
+    """The checkpoint to resume from: ``auto`` is the run's own newest or None, ``none`` is None, else a path that must hold one.
+
+    A path may be a checkpoints folder or one checkpoint in it.
+    """
+    if resume == "none":
+        return None
+    folder = own if resume == "auto" else Path(resume)
+    if (folder / LATEST).exists():
+        tag = (folder / LATEST).read_text().strip()
+        if not (folder / tag).is_dir():
+            raise UserError(f"{folder / LATEST} names {tag}, which is not there: set megastab.run.resume to another checkpoint, or none")
+        return folder / tag
+    if resume == "auto":
+        return None
+    if folder.is_dir() and folder.name.startswith("step"):
+        return folder
+    raise UserError(f"megastab.run.resume = {resume}: no checkpoint there (no {LATEST} file); give a checkpoints folder, auto, or none")
+
+
+def load(engine: Any, where: Path, wanted: Manifest) -> Manifest:
+    """Load ``where`` into the engine (collective over the job) and return its manifest."""
+    with collectives.together("reading the checkpoint's manifest"):
+        manifest = Manifest.read(where)
+        manifest.check(wanted, where)
+    with quiet():
+        path, _ = engine.load_checkpoint(str(where.parent), tag=where.name)
+    if path is None:
+        raise UserError(f"DeepSpeed found no states in {where}: set megastab.run.resume to another checkpoint, or none")
+    return manifest

@@ -1,0 +1,95 @@
+"""The weights of a checkpoint by canonical name, readable at any layout and without executing anything (safetensors).
+
+Each (stage, tp rank) writes the rows it counts; because a rank always holds whole rows, merging is a concatenation along dim 0 in
+the order of each piece's first row, which is stored beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megastab.config.errors import UserError
+from megastab.parallel.grid import Grid
+from megastab.parallel.ownership import counts_here
+from megastab.parallel.param_info import info_of
+from megastab.wrappers.zero3 import gathered
+
+FOLDER = "weights"
+
+
+def save_weights(module: nn.Module, grid: Grid, folder: Path) -> None:
+    """Write this rank's counted rows, bounded in memory by the rank's share of the model.
+
+    Collective over data-parallel ranks where parameters are partitioned (ZeRO-3); the first of them writes.
+    """
+    tensors: dict[str, Tensor] = {}
+    starts: dict[str, int] = {}
+    for parameter in module.parameters():
+        with gathered(parameter):
+            if grid.dp.rank == 0 and counts_here(parameter, grid.tp.rank):
+                _collect(parameter, tensors, starts)
+    if grid.dp.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"pp{grid.pp.rank:02d}-tp{grid.tp.rank:02d}.safetensors"
+        save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+
+
+def _collect(parameter: nn.Parameter, tensors: dict[str, Tensor], starts: dict[str, int]) -> None:
+    info = info_of(parameter)
+    assert info is not None, "only described parameters have canonical names"
+    pieces = parameter.detach().cpu().split([part.rows for part in info.parts])
+    for part, piece in zip(info.parts, pieces, strict=True):
+        tensors[part.name], starts[part.name] = piece.clone(memory_format=torch.contiguous_format), part.start
+
+
+def _pieces(folder: Path) -> dict[str, list[tuple[int, Path]]]:
+    """Every matrix's pieces: (first row, file)."""
+    found: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name, start in json.loads(file.metadata()["starts"]).items():
+                found.setdefault(name, []).append((start, path))
+    return found
+
+
+def merged_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, whole matrix) one at a time."""
+    pieces = _pieces(folder)
+    if not pieces:
+        raise UserError(f"no weights in {folder}: give the folder of one checkpoint, such as runs/NAME/checkpoints/step00000100")
+    for name, parts in pieces.items():
+        yield name, torch.cat([_read(path, name) for _, path in sorted(parts)])
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Fill a described module, cut however it is, from merged weights; every parameter must be found."""
+    homes: dict[str, list[tuple[nn.Parameter, Any, int]]] = {}
+    for parameter in module.parameters():
+        info, offset = info_of(parameter), 0
+        assert info is not None
+        for part in info.parts:
+            homes.setdefault(part.name, []).append((parameter, part, offset))
+            offset += part.rows
+    for name, matrix in merged_weights(folder):
+        for parameter, part, offset in homes.pop(name, []):
+            if matrix.shape[0] != part.global_rows:
+                raise UserError(
+                    f"{folder}: {name} has {matrix.shape[0]} rows, the model wants {part.global_rows}: another model's checkpoint"
+                )
+            parameter.data[offset : offset + part.rows].copy_(matrix[part.start : part.start + part.rows])
+    if homes:
+        raise UserError(f"{folder} lacks {', '.join(sorted(homes)[:5])}: another model's checkpoint, or an incomplete one")

@@ -1,0 +1,94 @@
+"""From a config to a DeepSpeed engine with its seams installed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from megastab.config.config import Config
+from megastab.engine.step import complete_gradients
+from megastab.model.init import init_weights
+from megastab.model.stages import layer_specs, pipeline_loss
+from megastab.model.transformer import Transformer
+from megastab.optim.groups import build_optimizer, describe_groups
+from megastab.optim.schedules import build_schedule
+from megastab.parallel.grid import Grid
+from megastab.stability.controller import Controller
+from megastab.wrappers.adapter import Adapter
+from megastab.wrappers.bind import bind, quiet
+from megastab.wrappers.pipeline import StagedModule
+from megastab.wrappers.zero3 import held, partitioned_build
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine and what was attached to it."""
+
+    engine: Any
+    adapter: Adapter
+    controller: Controller
+    groups: str
+    """The decay groups in words."""
+
+
+def build_module(config: Config, grid: Grid) -> nn.Module:
+    """The model on this rank's share, its weights drawn; a pipeline stage where there are several."""
+    block = config.megastab
+    if grid.pp.size > 1:
+        specs, costs = layer_specs(block, grid.tp)
+        with quiet():
+            module: nn.Module = StagedModule(specs, costs, grid.topology(), pipeline_loss(block, grid.tp))
+        init_weights(module, block.model, block.run.seed)
+    elif config.zero_stage == 3:
+        with quiet(), partitioned_build(config.deepspeed, grid):
+            module = Transformer(block, grid.tp)
+        init_weights(module, block.model, block.run.seed, held)
+    else:
+        module = Transformer(block, grid.tp)
+        init_weights(module, block.model, block.run.seed)
+    return module
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compile each block in place; its graph breaks at every collective."""
+    from megastab.model.block import Block
+
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.compile()
+
+
+def build(config: Config, grid: Grid) -> Built:
+    """Everything between a checked config and the first step (collective over the job)."""
+    block = config.megastab
+    if block.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    module = build_module(config, grid)
+    optimizer = build_optimizer(config.optimizer_type, config.optimizer_params, module.parameters())
+    groups = describe_groups(optimizer.param_groups)  # before ZeRO replaces the parameters by flat partitions
+    schedule = build_schedule(
+        optimizer,
+        block.schedule.kind,
+        total_steps=config.total_steps,
+        warmup_steps=config.warmup_steps,
+        min_ratio=block.schedule.min_lr_ratio,
+        decay_fraction=block.schedule.decay_fraction,
+    )
+    with quiet():
+        engine, *_ = deepspeed.initialize(
+            model=module.to(get_accelerator().current_device_name()) if config.zero_stage < 3 else module,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=config.deepspeed,
+            mpu=grid.mpu() if grid.pp.size == 1 else None,
+        )
+    adapter = bind(engine, grid)
+    complete_gradients(adapter)
+    if block.run.compile:
+        compile_blocks(engine.module)
+    return Built(engine, adapter, Controller(adapter), groups)

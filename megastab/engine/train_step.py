@@ -1,0 +1,84 @@
+"""One step and one evaluation on either engine: micro-batches in, mean loss out.
+
+The loss is a sum over targets. Each micro-batch's weights carry ``accumulation * dp / targets of the step``: DeepSpeed divides by
+accumulation and averages over data-parallel ranks, and what is left is the sum over the step's global target count. So masks,
+accumulation and data parallelism commute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from megastab.config.config import Config
+from megastab.data.batches import MicroBatch
+from megastab.model.stages import Payload, Sides
+from megastab.parallel import collectives
+from megastab.parallel.grid import Grid
+
+
+class Stepper:
+    """Runs micro-batches through an engine, pipelined or not."""
+
+    def __init__(self, engine: Any, config: Config, grid: Grid):
+        self.engine, self.grid = engine, grid
+        self.has_documents = config.megastab.data.document_mask
+        self.has_dropout = config.megastab.model.dropout > 0.0
+        self.sides = Sides(config.megastab, grid.tp)
+        self.device = get_accelerator().current_device_name()
+
+    def train(self, batches: Sequence[MicroBatch]) -> float:
+        """Forward, backward and update over one step's micro-batches; the mean loss over the step's targets on all ranks."""
+        targets = sum(float(batch.weights.sum()) for batch in batches)
+        # Only a document mask makes the count depend on the data; it is summed over data-parallel ranks then.
+        total = collectives.sum_scalars([targets], self.grid.dp.group)[0] if self.has_documents else targets * self.grid.dp.size
+        share = len(batches) * self.grid.dp.size
+        scale = share / max(total, 1.0)
+        if self.grid.pp.size > 1:
+            self.engine.reset_activation_shape()  # evaluation may have sent another shape
+            return float(self.engine.train_batch(self._pipeline_input(batches, scale)))
+        losses = [self._micro_step(batch, scale) for batch in batches]
+        mine = float(torch.stack(losses).double().sum())
+        return collectives.sum_scalars([mine], self.grid.dp.group)[0] / share
+
+    def _micro_step(self, batch: MicroBatch, scale: float) -> Tensor:
+        loss = self.engine(*self._arguments(batch, scale))
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss.detach()
+
+    def _arguments(self, batch: MicroBatch, scale: float = 1.0) -> tuple[Tensor | None, ...]:
+        samples = batch.sample_ids.to(self.device) if self.has_dropout else None
+        documents = batch.document_ids.to(self.device) if self.has_documents and batch.document_ids is not None else None
+        tokens, labels, weights = (x.to(self.device) for x in (batch.tokens, batch.labels, batch.weights * scale))
+        return tokens, labels, weights, samples, documents
+
+    def _pipeline_input(self, batches: Iterable[MicroBatch], scale: float = 1.0) -> Iterator[tuple[Payload, tuple[Tensor, Tensor]]]:
+        for batch in batches:
+            inputs = self.sides.pack(batch.tokens, batch.sample_ids, batch.document_ids)
+            yield inputs, (batch.labels, batch.weights * scale)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> float:
+        """Mean loss over the targets of ``batches`` on all ranks, which hold equally many micro-batches each."""
+        held = list(batches)
+        targets = sum(float(batch.weights.sum()) for batch in held)
+        total = collectives.sum_scalars([targets], self.grid.dp.group)[0]
+        if not held or not total:
+            return math.nan
+        if self.grid.pp.size > 1:
+            return self._evaluate_pipeline(held) * len(held) * self.grid.dp.size / total
+        self.engine.eval()
+        mine = sum(float(self.engine(*self._arguments(batch))) for batch in held)
+        self.engine.train()
+        return collectives.sum_scalars([mine], self.grid.dp.group)[0] / total
+
+    def _evaluate_pipeline(self, held: Sequence[MicroBatch]) -> float:
+        self.engine.reset_activation_shape()
+        mean = self.engine.eval_batch(self._pipeline_input(held), num_micro_batches=len(held))
+        return float(mean)

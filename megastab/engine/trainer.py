@@ -1,0 +1,139 @@
+"""The training loop: fetch, step, record, and at intervals print, evaluate and save."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from megastab.checkpoint import store
+from megastab.checkpoint.manifest import Manifest
+from megastab.config.config import Config
+from megastab.data.batches import Batches, Evaluation
+from megastab.engine.build import Built, build
+from megastab.engine.train_step import Stepper
+from megastab.model.counts import flops_per_token
+from megastab.parallel import collectives
+from megastab.parallel.grid import Grid
+from megastab.stability.record import Event, StepRecord
+from megastab.telemetry.sinks import RunFolder, console_line, to_monitor
+from megastab.telemetry.throughput import peak_memory_gb, rates
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads: endless training steps, an optional evaluation, and what the tokenizer makes of bytes."""
+
+    train: Batches
+    valid: Evaluation | None = None
+    bytes_per_token: float | None = None
+    """Of the validation text, for bits per byte."""
+    tokenizer: str | None = None
+    """The tokenizer's fingerprint."""
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(self, config: Config, grid: Grid, data: TrainingData):
+        self.config, self.grid, self.data = config, grid, data
+        self.folder = RunFolder(config.megastab.run.dir, is_writer=collectives.world()[0] == 0)
+        self.built: Built = build(config, grid)
+        self.engine: Any = self.built.engine
+        self.stepper = Stepper(self.engine, config, grid)
+        self.flops = flops_per_token(config.megastab.model)
+        self.step = 0
+        self.last: StepRecord | None = None
+
+    def manifest(self) -> Manifest:
+        """Where the run is."""
+        return Manifest.of(self.config, self.step, self.data.train.consumed, self.data.tokenizer)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint the config names, if there is one (collective over the job)."""
+        with collectives.together("looking for a checkpoint"):
+            where = store.find(self.config.megastab.run.resume, self.folder.checkpoints)
+        if where is None:
+            return
+        manifest = store.load(self.engine, where, self.manifest())
+        self.step, self.data.train.consumed = manifest.step, manifest.consumed
+        self.folder.drop_after(self.step)
+        self.folder.event(Event(self.step, "resume", f"from {where}"))
+        self.folder.say(f"resumed from {where} at step {self.step}, {manifest.consumed} samples consumed")
+
+    def train(self) -> None:
+        """Run to the last step; the final weights are evaluated and saved."""
+        run, total = self.config.megastab.run, self.config.total_steps
+        while self.step < total:
+            record, extra = self.take_step()
+            is_last = self.step == total
+            if self.step % run.log_interval == 0 or is_last or self.step == 1:
+                self.folder.say(console_line(record, total, extra))
+            if is_last or (run.eval_interval and self.step % run.eval_interval == 0):
+                self.evaluate()
+            if is_last or (run.save_interval and self.step % run.save_interval == 0):
+                self.save()
+
+    def take_step(self) -> tuple[StepRecord, dict[str, float]]:
+        """One optimizer step and its record."""
+        began = time.perf_counter()
+        batches = self.data.train.next_step()
+        fetched = time.perf_counter()
+        lr = float(self.engine.optimizer.param_groups[0]["lr"])
+        loss = self.stepper.train(batches)
+        seconds = time.perf_counter() - began
+        self.step += 1
+        record = self._record(loss, lr, seconds)
+        extra = rates(record.tokens, seconds, self.flops, self.config.layout.world)
+        extra |= {"data_seconds": fetched - began, "memory_gb": peak_memory_gb()}
+        self._publish(record, extra)
+        return record, extra
+
+    def _record(self, loss: float, lr: float, seconds: float) -> StepRecord:
+        decision = self.built.controller.decision
+        assert decision is not None, "a step forms exactly one norm"
+        return StepRecord(
+            step=self.step,
+            loss=loss,
+            lr=lr,
+            grad_norm=decision.norm,
+            clip_threshold=decision.threshold,
+            clip_scale=decision.scale,
+            z=None,
+            action=decision.action,
+            reason=decision.reason,
+            rescaled=0,
+            tokens=self.config.tokens_per_step,
+            seconds=seconds,
+        )
+
+    def _publish(self, record: StepRecord, extra: dict[str, float]) -> None:
+        self.last = record
+        self.folder.step(record, extra)
+        if record.action == "skip":
+            self.folder.event(Event(record.step, "skip", record.reason))
+        if self.folder.is_writer:
+            scalars = {key: getattr(record, key) for key in ("loss", "grad_norm", "clip_scale", "lr")}
+            to_monitor(self.engine.monitor, record.step, {**scalars, **extra})
+
+    def evaluate(self) -> float | None:
+        """Validation loss, printed and logged; None without validation data."""
+        if self.data.valid is None:
+            return None
+        loss = self.stepper.evaluate(self.data.valid)
+        values = {"valid_loss": loss}
+        said = f"valid loss {loss:.4f}  perplexity {math.exp(min(loss, 50)):.2f}"
+        if self.data.bytes_per_token:
+            values["valid_bits_per_byte"] = loss / math.log(2) / self.data.bytes_per_token
+            said += f"  {values['valid_bits_per_byte']:.4f} bits/byte"
+        self.folder.say(f"step {self.step}/{self.config.total_steps}  {said}")
+        self.folder.evaluation(self.step, values)
+        if self.folder.is_writer:
+            to_monitor(self.engine.monitor, self.step, values)
+        return loss
+
+    def save(self) -> None:
+        """One checkpoint (collective over the job)."""
+        where = store.save(self.engine, self.grid, self.folder.checkpoints, self.manifest(), self.config.megastab.run.keep_last)
+        self.folder.event(Event(self.step, "save", str(where)))

@@ -1,0 +1,42 @@
+"""How many parameters and FLOPs a model has, from its config alone."""
+
+from __future__ import annotations
+
+from megastab.config.schema import ModelConfig
+from megastab.config.vocab import padded_vocab
+
+
+def block_matrices(model: ModelConfig) -> int:
+    """Elements of one block's matrices."""
+    kv = model.num_kv_heads * model.head_dim
+    mlp = 3 if model.arch == "llama" else 2
+    return model.hidden_size * (2 * model.hidden_size + 2 * kv + mlp * model.ffn_hidden_size)
+
+
+def block_vectors(model: ModelConfig) -> int:
+    """Elements of one block's gains and biases."""
+    gains = 2 * model.hidden_size * (2 if model.norm == "layernorm" else 1)
+    if model.arch == "llama":
+        return gains
+    kv = model.num_kv_heads * model.head_dim
+    return gains + 3 * model.hidden_size + 2 * kv + model.ffn_hidden_size  # q, o, down biases; k and v; up
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """All of them, vocabulary padding included, a tied matrix once."""
+    assert model.vocab_size is not None
+    embeddings = padded_vocab(model.vocab_size) * model.hidden_size * (1 if model.tie_embeddings else 2)
+    positions = model.max_seq_len * model.hidden_size if model.arch == "gpt" else 0
+    final_norm = model.hidden_size * (2 if model.norm == "layernorm" else 1)
+    return embeddings + positions + final_norm + model.num_layers * (block_matrices(model) + block_vectors(model))
+
+
+def flops_per_token(model: ModelConfig) -> float:
+    """Training FLOPs the model needs per token: 6 per matrix element (head included, look-up free) and causal attention.
+
+    Attention of a token sees S/2 others on average: 2 products x 2 FLOPs x S/2 x width forward, twice that backward.
+    Recompute is not counted (PaLM, appendix B, there without the causal half).
+    """
+    assert model.vocab_size is not None
+    matrices = model.num_layers * block_matrices(model) + padded_vocab(model.vocab_size) * model.hidden_size
+    return 6.0 * matrices + 6.0 * model.num_layers * model.max_seq_len * model.hidden_size

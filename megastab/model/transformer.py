@@ -1,0 +1,53 @@
+"""The whole network on one rank's share, for the plain engine; ``stages.py`` cuts the same layers for the pipeline."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megastab.config.schema import Megastab, ModelConfig
+from megastab.model.block import Block
+from megastab.model.context import Context
+from megastab.model.embedding import Head, Positions, TokenEmbedding
+from megastab.model.kv_cache import KVCache
+from megastab.model.loss import cross_entropy
+from megastab.model.norms import build_norm
+from megastab.parallel.grid import ALONE, TensorParallel
+
+
+class Transformer(nn.Module):
+    """GPT or LLaMA. Called with targets it returns the weighted sum of their losses; ``logits`` is the network alone."""
+
+    def __init__(self, config: Megastab, tp: TensorParallel = ALONE):
+        super().__init__()
+        model, seed = config.model, config.run.seed
+        self.config: ModelConfig = model
+        self.tp, self.z_loss = tp, config.loss.z_loss
+        self.embedding = TokenEmbedding(model, tp)
+        self.positions = Positions(model, tp, seed) if model.arch == "gpt" else None
+        self.blocks = nn.ModuleList(Block(model, tp, layer, config.parallel.recompute, seed) for layer in range(model.num_layers))
+        self.norm = build_norm("final_norm", model, tp)
+        self.head = Head(model, tp, tied=self.embedding.weight if model.tie_embeddings else None)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        sample_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """[B, S] ids and targets -> sum of ``weights`` times losses (fp32 scalar, equal on every tp rank)."""
+        batch, seq = tokens.shape
+        context = Context(batch, seq, sample_ids, document_ids)
+        logits_GV = self.logits(tokens, context)
+        return cross_entropy(logits_GV, labels, weights, self.config.vocab_size or 0, self.z_loss, self.tp)
+
+    def logits(self, tokens: Tensor, context: Context | None = None, caches: list[KVCache] | None = None) -> Tensor:
+        """[B, S] ids -> [B*S, V] logits of this rank's vocabulary rows, in the weights' dtype."""
+        context = context or Context(*tokens.shape)
+        x_TD = self.embedding(tokens.reshape(-1))
+        if self.positions is not None:
+            x_TD = self.positions(x_TD, context)
+        for i, block in enumerate(self.blocks):
+            x_TD = block(x_TD, context, caches[i] if caches else None)
+        return self.head(self.norm(x_TD))

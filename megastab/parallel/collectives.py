@@ -1,0 +1,161 @@
+"""The collectives megastab adds to DeepSpeed's, and the only file that imports ``torch.distributed``.
+
+Rows are dim 0. Every function takes its group; none reads a global one. A group of ``None`` is a group of one rank: nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from megastab.config.errors import UserError
+
+Group = Any  # torch.distributed.ProcessGroup, or None for a group of one
+Work = Any  # what an asynchronous collective returns
+
+
+class PeerFailed(Exception):
+    """Another rank failed and has already said why; this one leaves quietly."""
+
+
+def is_initialized() -> bool:
+    """Whether this process belongs to a job."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks) of the job; (0, 1) outside one."""
+    return (dist.get_rank(), dist.get_world_size()) if is_initialized() else (0, 1)
+
+
+def group_size(group: Group) -> int:
+    """Ranks in ``group``."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank_in(group: Group) -> int:
+    """This rank's place in ``group``."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def new_groups(ranks_by_group: Sequence[Sequence[int]]) -> Group:
+    """Make disjoint groups (collective over the whole job); return this rank's, or None if it would be alone in it."""
+    if max(len(ranks) for ranks in ranks_by_group) == 1:
+        return None
+    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_by_group])
+    return mine
+
+
+def own_group() -> Group:
+    """A real group that holds this rank alone, for callers who cannot do without one (collective over the job)."""
+    mine, _ = dist.new_subgroups_by_enumeration([[rank] for rank in range(dist.get_world_size())])
+    return mine
+
+
+def sum_(tensor: Tensor, group: Group, async_op: bool = False) -> Work | None:
+    """Sum ``tensor`` over ``group`` in place; with ``async_op`` return the work to wait for (None for a group of one)."""
+    return None if group is None else dist.all_reduce(tensor, group=group, async_op=async_op)
+
+
+def max_(tensor: Tensor, group: Group) -> None:
+    """Elementwise maximum over ``group``, in place."""
+    if group is not None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+
+
+def gather_rows(tensor: Tensor, group: Group, async_op: bool = False) -> tuple[Tensor, Work | None]:
+    """Concatenate every rank's rows in rank order. Returns the result and the work (None if already done)."""
+    if group is None:
+        return tensor, None
+    shape = (tensor.shape[0] * group_size(group), *tensor.shape[1:])
+    out = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    work = dist.all_gather_into_tensor(out, tensor.contiguous(), group=group, async_op=async_op)
+    return out, work
+
+
+def scatter_rows_sum(tensor: Tensor, group: Group, async_op: bool = False) -> tuple[Tensor, Work | None]:
+    """Sum over ``group`` and keep this rank's equal share of the rows. Returns the share and the work."""
+    if group is None:
+        return tensor, None
+    rows, rest = divmod(tensor.shape[0], group_size(group))
+    if rest:
+        raise ValueError(f"{tensor.shape[0]} rows cannot be cut into {group_size(group)} equal shares")
+    out = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+    work = dist.reduce_scatter_tensor(out, tensor.contiguous(), group=group, async_op=async_op)
+    return out, work
+
+
+def wait(work: Work | None) -> None:
+    """Wait for an asynchronous collective, if there is one."""
+    if work is not None:
+        work.wait()
+
+
+def sum_coalesced_(tensors: Sequence[Tensor], group: Group) -> None:
+    """Sum many tensors over ``group`` in fp32 with one all-reduce, in place, whatever their dtype or device."""
+    if group is None or not tensors:
+        return
+    device = get_accelerator().current_device_name()  # masters may live on the CPU while the backend only reaches the accelerator
+    flat = torch.cat([t.detach().reshape(-1).to(device=device, dtype=torch.float32) for t in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.detach().copy_(piece.view_as(tensor))
+
+
+def sum_scalars(values: Sequence[float], group: Group) -> list[float]:
+    """Sum a few numbers over ``group`` in fp64 with one all-reduce."""
+    if group is None:
+        return list(values)
+    device = get_accelerator().current_device_name()
+    buffer = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(buffer, group=group)
+    return buffer.tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value``, on every rank of the job."""
+    if not is_initialized():
+        return [value]
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def barrier() -> None:
+    """Wait for every rank of the job."""
+    if is_initialized():
+        dist.barrier()
+
+
+def leave() -> None:
+    """Leave the job together: exiting without this can abort in the backend's threads."""
+    if is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def together(doing: str) -> Iterator[None]:
+    """Run a block on every rank; if a UserError ends it anywhere, it ends everywhere, told once (by the lowest rank it hit).
+
+    Collective over the whole job at exit, so the block itself must not leave ranks waiting inside a collective.
+    """
+    failure: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    messages = gather_objects(None if failure is None else str(failure))
+    first = next((rank for rank, message in enumerate(messages) if message is not None), None)
+    if first is None:
+        return
+    if first == world()[0]:
+        assert failure is not None
+        raise failure
+    raise PeerFailed(f"rank {first} failed while {doing}: {messages[first]}")

@@ -1,0 +1,91 @@
+"""Where the numbers go: the console, ``metrics.jsonl``, ``events.jsonl``, and TensorBoard through DeepSpeed's monitor. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megastab.stability.record import Event, StepRecord
+from megastab.telemetry.tags import TAGS
+
+
+class RunFolder:
+    """The files of one run; a rank that is not the writer may call everything and nothing happens."""
+
+    def __init__(self, path: str | Path, is_writer: bool):
+        self.path, self.is_writer = Path(path), is_writer
+        if is_writer:
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints live."""
+        return self.path / "checkpoints"
+
+    def write_config(self, resolved: Mapping[str, Any]) -> None:
+        """The resolved config, loadable again."""
+        if self.is_writer:
+            (self.path / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+
+    def drop_after(self, step: int) -> None:
+        """On resume, forget what was logged after the checkpoint: those steps are taken again."""
+        if not self.is_writer:
+            return
+        for name in ("metrics.jsonl", "events.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                path.write_text("".join(f"{line}\n" for line in kept))
+
+    def step(self, record: StepRecord, extra: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl."""
+        self._append("metrics.jsonl", {**record.to_json(), **extra})
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl for an evaluation: its own keys beside the step."""
+        self._append("metrics.jsonl", {"step": step, **values})
+
+    def event(self, event: Event) -> None:
+        """One line of events.jsonl."""
+        self._append("events.jsonl", event.to_json())
+
+    def say(self, text: str) -> None:
+        """One line on the console."""
+        if self.is_writer:
+            print(text, flush=True)
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        if self.is_writer:
+            with open(self.path / name, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62  # a line cut off by a crash
+
+
+def to_monitor(monitor: Any, step: int, values: Mapping[str, float]) -> None:
+    """Send scalars, named by tag key, to DeepSpeed's monitor (TensorBoard, csv, wandb: whatever the JSON enables)."""
+    if monitor.enabled:
+        monitor.write_events([(TAGS[key].name, float(value), step) for key, value in values.items() if key in TAGS])
+
+
+def console_line(record: StepRecord, total_steps: int, extra: Mapping[str, float]) -> str:
+    """``step 20/100  loss 5.1234  norm 1.234  lr 1.0e-03  12.3k tokens/s  ...``."""
+    parts = [
+        f"step {record.step:>{len(str(total_steps))}}/{total_steps}",
+        f"loss {record.loss:.4f}",
+        f"norm {record.grad_norm:.3f}" + (f" {record.action}" if record.action == "skip" else ""),
+        f"lr {record.lr:.2e}",
+        f"{extra['tokens_per_second'] / 1e3:.1f}k tokens/s",
+        f"{extra['model_flops']:.2f} TFLOP/s/rank",
+    ]
+    if "mfu" in extra:
+        parts.append(f"MFU {100 * extra['mfu']:.1f} %")
+    parts.append(f"{extra['memory_gb']:.2f} GB")
+    return "  ".join(parts)

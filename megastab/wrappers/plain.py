@@ -1,0 +1,63 @@
+"""fp32 at ZeRO stage 0: DeepSpeed wraps nothing, so the norm, the clip and the non-finite skip are ours.
+
+DeepSpeed's own clip of this path counts one pipeline stage only, counts tied weights twice, reports no norm, and lets a NaN through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megastab.parallel import collectives
+from megastab.parallel.grid import Grid
+from megastab.parallel.ownership import counts_here
+from megastab.wrappers.adapter import Adapter, Fragment, split_parts
+
+
+class PlainAdapter(Adapter):
+    """A bare torch optimizer under a DeepSpeed engine."""
+
+    def __init__(self, engine: object, grid: Grid):
+        super().__init__(engine)
+        self.grid = grid
+        self.optimizer._global_grad_norm, self.optimizer.overflow = 0.0, False
+        # The engine clips only where gradient_clipping() > 0: claim so, and do the whole decision where it clips.
+        self.engine.gradient_clipping = lambda: 1.0
+        self.engine.clip_fp32_gradients = self._clip
+        update = self.optimizer.step
+
+        def step(*args: object, **kwargs: object) -> None:
+            if not self.optimizer.overflow:
+                update(*args, **kwargs)
+                self.updated()
+
+        self.optimizer.step = step
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Whole parameters: they are their own masters."""
+        for parameter in self.parameters():
+            flat = parameter.data.view(-1)
+            yield from split_parts(parameter, self.info(parameter), 0, flat, flat)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The accumulated ``.grad``."""
+        return parameter.grad
+
+    def _clip(self) -> None:
+        self.begin_step()
+        norm = self._global_norm()
+        self.observe(norm)
+        self.optimizer._global_grad_norm = norm
+        self.optimizer.overflow = self.skipping or not norm < float("inf")  # NaN compares false
+        scale = min(1.0, self.limit / (norm + 1e-6)) if self.limit > 0 else 1.0
+        self.end_step()
+        if not self.optimizer.overflow and scale < 1.0:
+            torch._foreach_mul_([g for _, g in self.gradients()], scale)
+
+    def _global_norm(self) -> float:
+        counted = [g for p, g in self.gradients() if counts_here(p, self.grid.tp.rank)]
+        squares = torch.stack(torch._foreach_norm(counted)).double().square().sum().item() if counted else 0.0
+        # Sum over (tp x pp): ownership counts each row once; data-parallel ranks already hold equal gradients.
+        return float(collectives.sum_scalars([squares], self.grid.model.group)[0] ** 0.5)
