@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 from torch import Tensor, nn
 
+from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.wrappers.adapter import Adapter, Fragment, defer_growth, hook_wrapper, specialise, split_parts
 
@@ -23,7 +24,7 @@ def held(parameter: nn.Parameter) -> tuple[Tensor, int]:
     if not hasattr(parameter, "ds_tensor"):
         return parameter.data.view(-1), 0
     length = parameter.ds_tensor.ds_numel
-    first = parameter.get_partition_rank() * length  # type: ignore[attr-defined]
+    first = collectives.rank_in(parameter.ds_process_group) * length  # type: ignore[attr-defined]
     valid = max(0, min(length, parameter.ds_numel - first))  # type: ignore[attr-defined]
     return parameter.ds_tensor.data.view(-1)[:valid], first  # beyond that lies uninitialised memory
 
