@@ -19,7 +19,8 @@ from megastab.data.tokenizer_training import train_tokenizer
 def texts() -> list[str]:
     """A few hundred code-like documents of very different lengths."""
     draw = random.Random(0)
-    words = ["def", "return", "self", "value", "in", "for", "not", "None", "print", "yield", "3.14", "x", "y", "\u00e9t\u00e9", "\u6f22"]
+    words = ["def", "return", "self", "value", "in", "for", "not", "None", "print", "yield", "import", "x", "y", "z", "alpha", "beta"]
+    words += ["3.14", "\u00e9t\u00e9", "\u6f22\u5b57"]
 
     def line() -> str:
         return "    " * draw.randrange(4) + " ".join(draw.choice(words) for _ in range(draw.randrange(1, 9))) + draw.choice(("", ":"))
