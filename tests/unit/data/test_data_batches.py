@@ -32,7 +32,8 @@ def step_of_all_ranks(blend: Blend, layout: tuple[int, int, int], start: int = 0
         batches = Batches(blend, **sizes, document_mask=True, start=start, **other)
         step = batches.next_step()
         assert len(step) == accumulation and batches.consumed == start + 12
-        for batch in step:
+        for number, batch in enumerate(step):
+            assert batch.sample_ids[0] == start + (number * dp_size + dp_rank) * micro_batch
             for row, sample in enumerate(batch.sample_ids.tolist()):
                 assert sample not in rows
                 rows[sample] = (batch.tokens[row], batch.labels[row], batch.weights[row], batch.document_ids[row])

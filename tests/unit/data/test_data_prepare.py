@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -150,6 +152,21 @@ def test_interrupted_run_cleans_up(tokenizer: Tokenizer, texts: list[str], tmp_p
     process.send_signal(number)
     assert process.wait(30) != 0
     assert contents(out) == {}
+
+
+def test_killed_worker_ends_the_run(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
+    big = write_jsonl(tmp_path / "big.jsonl", texts * 200)
+    (tmp_path / "out").mkdir()
+
+    def kill_one() -> None:
+        while not list(tmp_path.glob("out/*/*.all")):
+            time.sleep(0.02)
+        multiprocessing.active_children()[0].kill()
+
+    threading.Thread(target=kill_one, daemon=True).start()
+    with pytest.raises(UserError, match="a worker of 2 was killed.*fewer workers"):
+        prepare([big], tmp_path / "out" / "d", tokenizer.path, workers=2)
+    assert contents(tmp_path / "out") == {}
 
 
 def test_tools_make_a_dataset_and_report_errors_in_one_line(corpus: Path, tmp_path: Path) -> None:

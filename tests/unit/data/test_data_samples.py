@@ -65,6 +65,13 @@ def test_samples_and_documents_are_shuffled_anew_each_epoch(numbered: Make) -> N
     assert heads != sorted(heads, key=streams[0].index)  # samples do not come in the order of the stream
 
 
+def test_samples_of_a_lone_document_also_change_places_each_epoch(numbered: Make) -> None:
+    packed = PackedSamples(numbered([501]), 10)
+    heads = [[int(packed[index].tokens[0]) for index in range(epoch * 50, epoch * 50 + 50)] for epoch in range(3)]
+    assert sorted(heads[0]) == sorted(heads[1]) == sorted(heads[2]) == list(range(0, 500, 10))
+    assert heads[0] != heads[1] != heads[2]
+
+
 def test_sample_does_not_depend_on_what_was_read_before(numbered: Make) -> None:
     forward = PackedSamples(numbered(LENGTHS), 10, seed=3)
     expected = [forward[index] for index in range(100)]
