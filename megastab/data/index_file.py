@@ -68,17 +68,18 @@ def read_header(path: Path) -> IndexHeader:
 
 
 def check_tables(path: Path, header: IndexHeader) -> None:
-    """The three tables agree with each other and with the ``.bin`` beside them; vectorised, a few ms per million documents."""
+    """The three tables agree with each other and with the ``.bin`` beside them; vectorised, below 100 ms per million documents."""
     lengths = np.memmap(path, "<i4", "r", _HEADER.size, (header.num_sequences,))
     offsets = np.memmap(path, "<i8", "r", _HEADER.size + lengths.nbytes, (header.num_sequences,))
     marks = np.memmap(path, "<i8", "r", _HEADER.size + lengths.nbytes + offsets.nbytes, (header.num_marks,))
+    bin_path = path.with_suffix(".bin")
+    needed = int(offsets[-1]) + int(lengths[-1]) * header.dtype.itemsize  # first, because it reads two numbers and not all of them
+    if bin_path.stat().st_size < needed:
+        raise UserError(f"{bin_path}: is {bin_path.stat().st_size} bytes but its index needs {needed}, the file is cut off; {_REMAKE}")
     if lengths.min() < 0 or marks[0] != 0 or marks[-1] != header.num_sequences or (np.diff(marks) < 0).any():
         raise UserError(f"{path}: its document table contradicts itself, the file is damaged; {_REMAKE}")
     ends = np.cumsum(lengths, dtype=np.int64) * header.dtype.itemsize
     if offsets[0] != 0 or not np.array_equal(offsets[1:], ends[:-1]):
         raise UserError(f"{path}: sequences do not lie one after the other in the .bin file; {_REMAKE}")
-    bin_path = path.with_suffix(".bin")
-    if bin_path.stat().st_size < ends[-1]:
-        raise UserError(f"{bin_path}: is {bin_path.stat().st_size} bytes but its index needs {ends[-1]}, the file is cut off; {_REMAKE}")
     if ends[-1] == 0:
         raise UserError(f"{path}: holds no tokens; {_REMAKE}")
