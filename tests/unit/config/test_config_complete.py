@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megastab.config.complete import TRAPS
+from megastab.config.complete import TRAPS, is_cpu_run
 from megastab.config.settings import read
 
 BF16, FP16 = "bf16.enabled=true", "fp16.enabled=true"
@@ -96,3 +97,10 @@ def test_deepspeed_accepts_what_is_completed(load) -> None:
     assert read_back.grad_accum_dtype == "fp32"
     assert read_back.gradient_clipping == 1.0
     assert read_back.monitor_config.tensorboard.output_path == "runs/small"
+
+
+@pytest.mark.parametrize(("device", "is_cpu"), [(None, True), ("/dev/nvidiactl", False), ("/dev/kfd", False)])
+def test_accelerator_is_guessed_from_its_device_file(monkeypatch: pytest.MonkeyPatch, device: str | None, is_cpu: bool) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == device)
+    assert is_cpu_run() == is_cpu

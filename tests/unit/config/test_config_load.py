@@ -48,6 +48,7 @@ def test_batch_sizes_are_completed_as_deepspeed_does(base, given: dict[str, int]
         ),
         (["gradient_accumulation_steps=5"], 2, "fit is train_batch_size = 20, or gradient_accumulation_steps = 4."),
         (["train_micro_batch_size_per_gpu=null", "gradient_accumulation_steps=3"], 2, "fit is train_batch_size = 18."),
+        (["train_batch_size=50", "train_micro_batch_size_per_gpu=8"], 4, "fit is train_batch_size = 64."),
         (["train_micro_batch_size_per_gpu=null"], 3, "fit is train_batch_size = 15."),
     ],
 )
@@ -132,6 +133,10 @@ def test_configs_that_train_differently_are_unequal(load) -> None:
     assert load() != load("megastab.run.seed=1")
     assert load() != load("gradient_clipping=0.5")
     assert load() != load(world=2)
+
+
+def test_zero_betas_are_legal(load) -> None:
+    assert load("optimizer.params.betas=[0, 0]").optimizer_params["betas"] == (0, 0)
 
 
 def test_deepspeeds_part_is_without_our_block(load) -> None:

@@ -57,6 +57,11 @@ def test_missing_key_is_told_with_its_meaning(base) -> None:
         load_config(base)
 
 
+def test_long_values_are_cut(refuse) -> None:
+    line = refuse("megastab.parallel.tensor=" + "9" * 30 + "x" * 300).splitlines()[1]
+    assert line.startswith('megastab.parallel.tensor = "999', 2) and "xxx... is wrong" in line and len(line) < 250
+
+
 def test_everything_wrong_is_told_at_once(refuse) -> None:
     message = refuse("gradient_cliping=1", "bf16.enable=true", "megastab.model.num_layer=3", "megastab.run.log_interval=0")
     assert len(message.splitlines()) == 1 + 4

@@ -72,6 +72,7 @@ def test_switch_is_refused_at_one_value_only(load, refuse, path: str, bad: bool,
         (["zero_optimization.stage=3", "zero_optimization.offload_param.device=nvme"], 'offload_param.device = "nvme" is refused'),
         (["zero_optimization.stage=1", "zero_optimization.offload_optimizer.device=nvme"], 'use "cpu"'),
         (["zero_optimization.stage=2", "zero_optimization.offload_param.device=cpu"], "stage = 2: set the stage to 3, or device"),
+        (["bf16.enabled=true", "zero_optimization.offload_param.device=cpu"], "zero_optimization.stage = 1: set the stage to 3"),
         (["zero_optimization.offload_optimizer.device=cpu"], "stage = 0: set the stage to 1, or device"),
         (
             ["zero_optimization.stage=1", "torch_autocast.enabled=true", "torch_autocast.dtype=float16"],
@@ -123,11 +124,30 @@ def test_wrong_optimizer_is_told(refuse, overrides: list[str], said: str) -> Non
     [
         ('{"lr": 1, "nesterov": true}', "optimizer.params.nesterov = True needs optimizer.params.momentum above 0."),
         ('{"lr": 1, "momentum": 1.5}', "optimizer.params.momentum = 1.5 must be a number in [0, 1)."),
+        ('{"lr": 1, "momentum": 1}', "optimizer.params.momentum = 1 must be a number in [0, 1)."),
         ('{"lr": 1, "nesterov": 1}', "optimizer.params.nesterov = 1 must be true or false."),
     ],
 )
 def test_wrong_sgd_parameters_are_told(refuse, params: str, said: str) -> None:
     assert said in refuse("optimizer.type=sgd", f"optimizer.params={params}")
+
+
+def test_plain_sgd_and_zero_decay_are_legal(load) -> None:
+    config = load("optimizer.type=SGD", 'optimizer.params={"lr": 0, "momentum": 0, "weight_decay": 0, "nesterov": false}')
+    assert config.optimizer_params == {"lr": 0, "momentum": 0, "weight_decay": 0, "nesterov": False}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("torch_autocast.enabled=true", "torch_autocast.dtype=fp16"),
+        ("zero_optimization.stage=1", "torch_autocast.enabled=false", "torch_autocast.dtype=fp16"),
+        ("zero_optimization.stage=1", "torch_autocast.enabled=true", "torch_autocast.dtype=bf16"),
+    ],
+    ids=["no zero", "off", "bf16"],
+)
+def test_autocast_is_refused_for_fp16_with_zero_only(load, overrides: tuple[str, ...]) -> None:
+    load(*overrides)
 
 
 def test_optimizer_parameters_are_in_the_signature_of_the_torch_class() -> None:

@@ -11,8 +11,8 @@ from megastab.config.load import load_config
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{\n  "train_batch_size": 8,\n  "bf16" {}\n}', ["line 3 column 10", "Expecting ':' delimiter"]),
-        ('{"optimizer": {"type": "SGD", "type": "Adam"}}', ["'type'", "twice in one section"]),
+        ('{\n  "train_batch_size": 8,\n  "bf16" {}\n}', ["line 3 column 10", "is not valid JSON", "Expecting ':' delimiter"]),
+        ('{"optimizer": {"type": "SGD", "params": {}, "type": "Adam"}}', ["run.json says 'type' twice in one section"]),
         ("[1, 2]", ["one JSON object", "not a list"]),
         ('{"gradient_clipping": Infinity}', ["Infinity", "not JSON", "finite number or null"]),
     ],
