@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from megastab.config.errors import UserError
+from megastab.parallel import collectives
 from megastab.wrappers.bind import quiet, skip_shm_build
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -18,6 +25,8 @@ def start_job() -> None:
     """Join the job (collective). A process nobody launched is a job of one rank."""
     if not any(name in os.environ for name in (*LAUNCHER_VARIABLES, *MPI_VARIABLES)):
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    # DeepSpeed calls torch's collectives by names torch 2.13 is about to change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         skip_shm_build()
@@ -28,3 +37,29 @@ def start_job() -> None:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with quiet():
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name())
+
+
+def run_job(work: Callable[[], None]) -> int:
+    """Join the job, do ``work``, leave together; the exit code.
+
+    A failing rank says why first and is then ended hard: the backend's threads, or a collective nobody else will join, must not keep it
+    alive, because the launcher ends the other ranks when this one is gone.
+    """
+    try:
+        start_job()
+        work()
+        collectives.leave()
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except collectives.PeerFailed:
+        code = 2
+        time.sleep(1.0)  # let the rank that knows why say it before the launcher acts on this exit
+    except BaseException:
+        rank = os.environ.get("RANK", "0")
+        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from megastab.checkpoint import store
 from megastab.checkpoint.manifest import Manifest
 from megastab.config.config import Config
-from megastab.data.batches import Batches, Evaluation
+from megastab.data.training import TrainingData
 from megastab.engine.build import Built, build
 from megastab.engine.train_step import Stepper
-from megastab.model.counts import flops_per_token
+from megastab.model.counts import flops_per_token, num_parameters
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.stability.record import Event, StepRecord
 from megastab.telemetry.sinks import RunFolder, console_line, to_monitor
 from megastab.telemetry.throughput import peak_memory_gb, rates
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run reads: endless training steps, an optional evaluation, and what the tokenizer makes of bytes."""
-
-    train: Batches
-    valid: Evaluation | None = None
-    bytes_per_token: float | None = None
-    """Of the validation text, for bits per byte."""
-    tokenizer: str | None = None
-    """The tokenizer's fingerprint."""
 
 
 class Trainer:
@@ -45,6 +32,19 @@ class Trainer:
         self.flops = flops_per_token(config.megastab.model)
         self.step = 0
         self.last: StepRecord | None = None
+
+    def announce(self) -> None:
+        """Say on the console what will run, and keep the resolved config."""
+        config, layout = self.config, self.config.layout
+        self.folder.write_config(config.resolved())
+        wrapper = type(self.engine.optimizer).__name__
+        self.folder.say(
+            f"{num_parameters(config.megastab.model) / 1e6:.1f} M parameters, {config.precision}; tensor {layout.tensor} x pipeline "
+            f"{layout.pipeline} x data {layout.data}, ZeRO {config.zero_stage} ({wrapper}); {config.tokens_per_step} tokens a step"
+        )
+        for completion in config.completions:
+            self.folder.say(f"  set {completion.key} = {completion.value}: {completion.reason}")
+        self.folder.say(f"  decay: {self.built.groups}")
 
     def manifest(self) -> Manifest:
         """Where the run is."""
@@ -124,9 +124,10 @@ class Trainer:
         loss = self.stepper.evaluate(self.data.valid)
         values = {"valid_loss": loss}
         said = f"valid loss {loss:.4f}  perplexity {math.exp(min(loss, 50)):.2f}"
-        if self.data.bytes_per_token:
-            values["valid_bits_per_byte"] = loss / math.log(2) / self.data.bytes_per_token
-            said += f"  {values['valid_bits_per_byte']:.4f} bits/byte"
+        if (text := self.data.valid_text) is not None:
+            bits = values["valid_bits_per_byte"] = loss / math.log(2) / text.bytes_per_token
+            below = 100 * (1 - bits / text.unigram_bits_per_byte)
+            said += f"  {bits:.4f} bits/byte, {below:.1f} % below the unigram entropy ({text.unigram_bits_per_byte:.4f})"
         self.folder.say(f"step {self.step}/{self.config.total_steps}  {said}")
         self.folder.evaluation(self.step, values)
         if self.folder.is_writer:

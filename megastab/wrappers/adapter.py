@@ -7,6 +7,7 @@ the seam where the norm is known and the clip factor not yet formed, in every wr
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -183,6 +184,7 @@ def hook_wrapper(adapter: Adapter, **overrides: Any) -> None:
 
     update = client.step
 
+    @functools.wraps(update)  # keeps the mark by which torch's schedulers know a step they watch
     def gated(*args: Any, **kwargs: Any) -> Any:
         return None if adapter.skipping else update(*args, **kwargs)
 

@@ -5,6 +5,7 @@ DeepSpeed's own clip of this path counts one pipeline stage only, counts tied we
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +29,7 @@ class PlainAdapter(Adapter):
         self.engine.clip_fp32_gradients = self._clip
         update = self.optimizer.step
 
+        @functools.wraps(update)  # keeps the mark by which torch's schedulers know a step they watch
         def step(*args: object, **kwargs: object) -> None:
             if not self.optimizer.overflow:
                 update(*args, **kwargs)

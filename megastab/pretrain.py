@@ -1,0 +1,76 @@
+"""The launcher's entry: ``deepspeed --num_gpus N megastab/pretrain.py --deepspeed_config FILE [section.key=value ...]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":  # a launcher puts this file's folder first on the path, where our rooms would shadow installed packages
+    _here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != _here]
+    if os.path.dirname(_here) not in sys.path:
+        sys.path.append(os.path.dirname(_here))
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megastab.config.errors import UserError
+from megastab.config.load import load_config
+
+if TYPE_CHECKING:
+    from megastab.config.config import Config
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line: a config, overrides of it, and what launchers add."""
+    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pre-train GPT or LLaMA from one JSON.")
+    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the one JSON: DeepSpeed's keys and a megastab block")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would be and cost, and exit")
+    parser.add_argument("--world-size", type=int, default=None, help="ranks to plan for (with --dry-run)")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's own
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="e.g. megastab.run.total_steps=20 zero_optimization.stage=3"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, train; the exit code."""
+    args = arguments(argv)
+    try:
+        config = load_config(args.deepspeed_config, args.overrides, args.world_size if args.dry_run else None)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank reads the same file and finds the same fault
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    if args.dry_run:
+        from megastab.plan.plan import plan
+
+        print(plan(config))
+        return 0
+    from megastab.engine.launch import run_job
+
+    return run_job(lambda: train(config))
+
+
+def train(config: Config) -> None:
+    """Build the run on this rank and train it to its last step."""
+    from megastab.data.training import open_training_data
+    from megastab.engine.trainer import Trainer
+    from megastab.parallel import collectives
+    from megastab.parallel.grid import Grid
+
+    with collectives.together("opening the data"):
+        config, sources = open_training_data(config)
+    parallel = config.megastab.parallel
+    grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, config.megastab.model.num_kv_heads)
+    trainer = Trainer(config, grid, sources.cut(config, grid.dp.rank, grid.dp.size))
+    trainer.announce()
+    trainer.resume()
+    trainer.train()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

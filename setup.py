@@ -1,0 +1,37 @@
+"""Installation: ``pip install -e .`` after torch and DeepSpeed (``run_scripts/environment.sh`` does it in that order)."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "megastab" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="megastab",
+    version=version,
+    description="Stable pre-training of GPT and LLaMA models on DeepSpeed and megatron-core",
+    long_description=(here / "README.md").read_text() if (here / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megastab", "megastab.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.7",
+        "deepspeed==0.19.8",  # the wrappers read its inside, and refuse another version
+        "megatron-core>=0.16.1,<0.17",  # 0.15 and later main need CUDA to import
+        "matplotlib",
+        "mpi4py>=4.0",
+        "numpy",
+        "pydantic>=2.7",
+        "safetensors",
+        "sentencepiece",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["mypy", "pytest", "ruff", "transformers>=4.45"],
+        "bench": ["accelerate", "transformers>=4.45"],
+    },
+)
