@@ -1,0 +1,205 @@
+"""One number: every layout trains exactly as one process does. A feature is a row, never new machinery.
+
+Tolerances, all relative, fp32:
+
+* loss and norm 2e-6 over 8 steps: a few fp32 roundings (6e-8) of sums taken in another order, amplified by 8 updates;
+* gradient of the first step 1e-5 of its matrix's largest entry: one backward, where small entries are differences of larger terms;
+* weights after 8 steps 1e-5 of the matrix's largest with SGD-momentum (linear in the gradient), 1e-4 with AdamW, which divides by
+  sqrt(v): where |g| is near eps = 1e-6, rounding of g moves the weight by a share of the learning rate.
+
+GPT's key bias shifts all scores of a query alike, so softmax removes it: its gradient is 0 and what is computed is rounding. Its
+gradient is held against the query bias's scale; under Adam its value is not compared (rounding over rounding is +-lr).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import jobs
+from tests.layouts import GPT, SINGLE, STEPS, Layout, config_of
+from tests.ranks import RankFailed, run_ranks
+
+LOSS_AND_NORM, GRADIENT, WEIGHT = 2e-6, 1e-5, {"SGD": 1e-5, "AdamW": 1e-4}
+LOW_LOSS = {"bf16": 3e-3, "fp16": 3e-4}
+LOW_NORM = {"bf16": 3e-2, "fp16": 3e-3}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gqa2": {"model": {"num_kv_heads": 2}},
+    "mqa": {"model": {"num_kv_heads": 1}},
+    "tied": {"model": {"tie_embeddings": True}},
+    "gpt": {"model": GPT},
+    "gpt_untied": {"model": {**GPT, "tie_embeddings": False}},
+    "dropout": {"model": {**GPT, "dropout": 0.1}},
+    "documents": {"data": {"document_mask": True}},
+    "gpt_documents_dropout": {"model": {**GPT, "dropout": 0.1}, "data": {"document_mask": True}},
+    "topk": {"model": {"activation": "topk", "activation_topk": 0.25}},
+    "relu2": {"model": {"activation": "relu2"}},
+    "relu": {"model": {"activation": "relu"}},
+    "layernorm": {"model": {"norm": "layernorm"}},
+    "z_loss": {"loss": {"z_loss": 1e-2}},
+    "lir": {"model__init": {"scheme": "lir"}},
+    "residual_scaled": {"model__init": {"scheme": "residual_scaled"}},
+    "padding": {"model": {"vocab_size": 130}},  # padded to 256: over tp 4 the last rank holds padding only
+    "clipped": {"ds__gradient_clipping": 0.2},
+    "gqa2_clipped": {"model": {"num_kv_heads": 2}, "ds__gradient_clipping": 0.2},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout, and which of MODELS it trains."""
+
+    layout: Layout
+    model: str = "llama"
+    dtype: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.layout}" + (f"-{self.dtype}" if self.dtype != "fp32" else "")
+
+
+def rows(model: str, *layouts: Layout, dtype: str = "fp32") -> list[Row]:
+    return [Row(layout, model, dtype) for layout in layouts]
+
+
+TP2, TP4, PP2, DP2 = Layout(2, tp=2), Layout(4, tp=4), Layout(2, pp=2, accumulation=3), Layout(2)
+TP2_SP, TP4_SP = Layout(2, tp=2, sp=True), Layout(4, tp=4, sp=True)
+TP2_PP2, TP2_PP2_SP = Layout(4, tp=2, pp=2, accumulation=2), Layout(4, tp=2, pp=2, sp=True, accumulation=2)
+Z1_DP2, Z2_DP2, Z3_DP2 = Layout(2, zero=1), Layout(2, zero=2), Layout(2, zero=3)
+Z1_PP2_DP2 = Layout(4, pp=2, zero=1, accumulation=2)
+
+FP32 = [
+    *rows("llama", TP2, TP4, PP2, DP2, Layout(3), TP2_SP, TP4_SP, TP2_PP2, TP2_PP2_SP, Layout(4, tp=2), Layout(4, tp=2, sp=True)),
+    *rows("llama", Layout(1, accumulation=4), Layout(2, accumulation=3), Layout(1, zero=1), Z1_DP2, Z2_DP2, Z3_DP2, Layout(3, zero=3)),
+    *rows("llama", Layout(4, tp=2, zero=1), Layout(4, tp=2, zero=2), Layout(4, tp=2, zero=3), Z1_PP2_DP2, Layout(4, pp=2, accumulation=2)),
+    *rows("llama", *(Layout(4, tp=2, sp=True, zero=stage) for stage in (1, 2, 3)), Layout(2, zero=2, accumulation=3)),
+    *rows("llama", Layout(2, zero=3, accumulation=3), Layout(2, zero=2, offload=True)),
+    *rows("gqa2", TP2, TP4, TP4_SP, *(Layout(4, tp=4, sp=True, zero=stage) for stage in (1, 2, 3))),
+    *rows("mqa", TP2, TP2_SP, *(Layout(4, tp=2, zero=stage) for stage in (1, 2, 3)), TP2_PP2_SP),
+    *rows("tied", TP2, PP2, TP2_PP2, TP2_PP2_SP, Z1_PP2_DP2, Z3_DP2, Layout(4, tp=2, zero=3)),
+    *rows("gpt", TP2, PP2, TP2_PP2_SP, Layout(4, tp=2, sp=True, zero=2)),
+    *rows("gpt_untied", TP2_SP, PP2),
+    *rows("dropout", TP2, TP2_SP, DP2, PP2, TP2_PP2_SP, Layout(1, accumulation=4), Z3_DP2, Layout(2, tp=2, recompute="full")),
+    *rows("llama", *(Layout(2, tp=2, sp=True, recompute=kind) for kind in ("selective", "full")), Layout(2, zero=3, recompute="full")),
+    *rows("llama", Layout(2, pp=2, accumulation=3, recompute="full"), Layout(2, pp=2, accumulation=3, recompute="selective")),
+    *rows("documents", Layout(1, accumulation=4), DP2, Layout(2, accumulation=3), TP2, TP2_SP, PP2, TP2_PP2_SP, Z3_DP2),
+    *rows("gpt_documents_dropout", TP2_PP2_SP, Layout(2, accumulation=2, recompute="selective")),
+    *rows("topk", TP2, TP2_SP),
+    *rows("relu2", TP2),
+    *rows("relu", TP2),
+    *rows("layernorm", TP2_SP),
+    *rows("z_loss", TP2, PP2),
+    *rows("lir", TP2, PP2, Z3_DP2),
+    *rows("residual_scaled", TP2_PP2),
+    *rows("padding", TP4, Layout(4, tp=4, sp=True, zero=3)),
+    *rows("clipped", TP2, PP2, TP2_PP2_SP, Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, sp=True, zero=1), Z1_PP2_DP2),
+    *rows("gqa2_clipped", Layout(4, tp=4)),
+]  # fmt: skip
+
+
+LOW = [
+    *rows("llama", Layout(1, zero=2), Layout(2, tp=2, zero=1), Layout(2, pp=2, zero=1, accumulation=3), Z1_DP2, Z2_DP2, Z3_DP2, dtype="bf16"),
+    *rows("gqa2", Layout(4, tp=4, sp=True, zero=1), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
+    *rows("mqa", Layout(4, tp=2, sp=True, zero=3), dtype="bf16"),
+    *rows("tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
+    *rows("llama", Layout(2, tp=2, zero=1), Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="fp16"),
+]  # fmt: skip
+
+
+def train_all(layout: Layout, cells: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, jobs.Report]]:
+    """On a rank: every (model, dtype) of one layout, with both optimizers, one engine after another."""
+    return {
+        (model, dtype): {kind: jobs.train(config_of(layout, kind, dtype, **MODELS[model]), STEPS) for kind in WEIGHT}
+        for model, dtype in cells
+    }
+
+
+@functools.cache
+def job_of(layout: Layout) -> list[Any] | None:
+    """All rows of a layout in one job, because starting one costs more than training; None if some row broke it."""
+    cells = [(row.model, row.dtype) for row in [*FP32, *LOW] if row.layout == layout]
+    try:
+        return run_ranks(layout.world, train_all, layout, cells)
+    except RankFailed:
+        return None
+
+
+def reports(row: Row) -> list[dict[str, jobs.Report]]:
+    """Every rank's runs of a row; alone in its job where a neighbour may have broken the common one."""
+    cell = (row.model, row.dtype)
+    ranks = job_of(row.layout) or run_ranks(row.layout.world, train_all, row.layout, [cell])
+    return [rank[cell] for rank in ranks]
+
+
+@functools.cache
+def references() -> dict[tuple[str, str], dict[str, jobs.Report]]:
+    """The single-process run of every config in the matrix."""
+    cells = sorted({(row.model, row.dtype) for row in [*FP32, *LOW]})
+    return run_ranks(1, train_all, SINGLE, cells)[0]
+
+
+def relative(mine: list[float], theirs: list[float]) -> float:
+    return float(np.max(np.abs(np.array(mine) - theirs) / np.abs(theirs)))
+
+
+def scale_of(name: str, whole: dict[str, np.ndarray]) -> float:
+    """What a matrix's deviation is measured against: its own largest entry, the query bias's for the key bias."""
+    return float(np.abs(whole[name.replace(".k.bias", ".q.bias")]).max())
+
+
+def worst(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray], skip: str = "\0") -> tuple[float, str]:
+    """Largest deviation relative to its matrix's scale, and that matrix."""
+    assert mine.keys() == theirs.keys()
+    return max((float(np.abs(mine[n] - theirs[n]).max()) / scale_of(n, theirs), n) for n in theirs if not n.endswith(skip))
+
+
+def note(row: Row, values: dict[str, Any]) -> None:
+    """Keep what was measured where MEGASTAB_MEASURED names a file, for tools and for setting tolerances."""
+    if path := os.environ.get("MEGASTAB_MEASURED"):
+        with open(path, "a") as file:
+            file.write(json.dumps({"row": str(row), **values}) + "\n")
+
+
+@pytest.mark.parametrize("row", FP32, ids=str)
+def test_layout_trains_as_one_process(row: Row) -> None:
+    single_runs, per_rank = references()[row.model, row.dtype], reports(row)
+    for kind, single in single_runs.items():
+        ranks = [report[kind] for report in per_rank]
+        assert all(r.losses == ranks[0].losses and r.norms == ranks[0].norms for r in ranks), "ranks disagree"
+        found = {}
+        for what in ("initial", "gradients", "final"):
+            whole, drift = jobs.merge(getattr(r, what) for r in ranks)
+            assert drift == 0.0, f"copies of one element differ by {drift} ({what})"
+            found[what] = (whole, jobs.merge([getattr(single, what)])[0])
+        assert all(np.array_equal(mine, found["initial"][1][name]) for name, mine in found["initial"][0].items()), "initial weights"
+        loss, norm = relative(ranks[0].losses, single.losses), relative(ranks[0].norms, single.norms)
+        gradient = worst(*found["gradients"])
+        weight = worst(*found["final"], skip=".k.bias" if kind == "AdamW" else "\0")
+        note(row, {"optimizer": kind, "loss": loss, "norm": norm, "gradient": gradient, "weight": weight})
+        assert loss <= LOSS_AND_NORM and norm <= LOSS_AND_NORM, (kind, loss, norm)
+        assert gradient[0] <= GRADIENT, (kind, gradient)
+        assert weight[0] <= WEIGHT[kind], (kind, weight)
+        assert ("clipped" in row.model) == any(scale < 1 for scale in single.scales), "the row does not test what it says"
+
+
+@pytest.mark.parametrize("row", LOW, ids=str)
+def test_low_precision(row: Row) -> None:
+    """The same decisions on rounded activations: bound on loss and norm, ranks exactly agreed."""
+    single_runs, per_rank = references()[row.model, row.dtype], reports(row)
+    for kind, single in single_runs.items():
+        ranks = [report[kind] for report in per_rank]
+        assert all(r.losses == ranks[0].losses and r.norms == ranks[0].norms for r in ranks), "ranks disagree"
+        whole, drift = jobs.merge(r.initial for r in ranks)
+        exact = jobs.merge([single.initial])[0]
+        assert drift == 0.0 and all(np.array_equal(whole[name], exact[name]) for name in exact), "initial masters"
+        assert jobs.merge(r.final for r in ranks)[1] == 0.0, "copies of one element differ"
+        loss, norm = relative(ranks[0].losses, single.losses), relative(ranks[0].norms, single.norms)
+        note(row, {"optimizer": kind, "loss": loss, "norm": norm})
+        assert loss <= LOW_LOSS[row.dtype] and norm <= LOW_NORM[row.dtype], (kind, loss, norm)
