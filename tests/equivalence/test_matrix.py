@@ -5,7 +5,8 @@ Tolerances, all relative, fp32:
 * loss and norm 2e-6 over 8 steps: a few fp32 roundings (6e-8) of sums taken in another order, amplified by 8 updates;
 * gradient of the first step 1e-5 of its matrix's largest entry: one backward, where small entries are differences of larger terms;
 * weights after 8 steps 1e-5 of the matrix's largest with SGD-momentum (linear in the gradient), 1e-4 with AdamW, which divides by
-  sqrt(v): where |g| is near eps = 1e-6, rounding of g moves the weight by a share of the learning rate.
+  sqrt(v): where |g| is near eps = 1e-6, rounding of g moves the weight by a share of the learning rate. 5e-4 for biases with
+  AdamW: they start at 0, so the largest is the distance travelled, and one entry with |g| = 1e-7 < eps was seen to be 1.6e-4 of it off.
 
 GPT's key bias shifts all scores of a query alike, so softmax removes it: its gradient is 0 and what is computed is rounding. Its
 gradient is held against the query bias's scale; under Adam its value is not compared (rounding over rounding is +-lr).
@@ -26,9 +27,11 @@ from tests import jobs
 from tests.layouts import GPT, SINGLE, STEPS, Layout, config_of
 from tests.ranks import RankFailed, run_ranks
 
-LOSS_AND_NORM, GRADIENT, WEIGHT = 2e-6, 1e-5, {"SGD": 1e-5, "AdamW": 1e-4}
-LOW_LOSS = {"bf16": 3e-3, "fp16": 3e-4}
-LOW_NORM = {"bf16": 3e-2, "fp16": 3e-3}
+LOSS_AND_NORM, GRADIENT, WEIGHT, ADAM_BIAS = 2e-6, 1e-5, {"SGD": 1e-5, "AdamW": 1e-4}, 5e-4
+# bf16 rounds to 4e-3 and fp16 to 5e-4; the loss averages 192 tokens, the norm some thousand entries of correlated error.
+# Measured over the rows: loss 2.8e-4 and 5e-5, norm 4e-3 and 6e-4.
+LOW_LOSS = {"bf16": 1e-3, "fp16": 2e-4}
+LOW_NORM = {"bf16": 1e-2, "fp16": 2e-3}
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -181,11 +184,14 @@ def test_layout_trains_as_one_process(row: Row) -> None:
         assert all(np.array_equal(mine, found["initial"][1][name]) for name, mine in found["initial"][0].items()), "initial weights"
         loss, norm = relative(ranks[0].losses, single.losses), relative(ranks[0].norms, single.norms)
         gradient = worst(*found["gradients"])
-        weight = worst(*found["final"], skip=".k.bias" if kind == "AdamW" else "\0")
+        weight = worst(*found["final"], skip="bias" if kind == "AdamW" else "\0")
         note(row, {"optimizer": kind, "loss": loss, "norm": norm, "gradient": gradient, "weight": weight})
         assert loss <= LOSS_AND_NORM and norm <= LOSS_AND_NORM, (kind, loss, norm)
         assert gradient[0] <= GRADIENT, (kind, gradient)
         assert weight[0] <= WEIGHT[kind], (kind, weight)
+        if kind == "AdamW" and row.model.startswith(("gpt", "dropout")):
+            bias = worst(*({n: w for n, w in whole.items() if n.endswith("bias")} for whole in found["final"]), skip=".k.bias")
+            assert bias[0] <= ADAM_BIAS, bias
         assert ("clipped" in row.model) == any(scale < 1 for scale in single.scales), "the row does not test what it says"
 
 
