@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from megastab.config.schema import ModelConfig
 from megastab.model.context import Context
 from megastab.model.kv_cache import KVCache
-from megastab.model.rope import rope_table, rotate
+from megastab.model.rope import rope_table, rotate_split
 from megastab.parallel.grid import TensorParallel, kv_copies
 from megastab.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megastab.parallel.param_info import Part
@@ -38,29 +38,30 @@ class Attention(nn.Module):
         o = Part.cut(f"{name}.o", "o", config.num_heads * self.head_dim, tp)
         self.o = RowParallelLinear(o, width, tp, layer, has_bias)
 
-    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] -> queries [G, N*H] and keys+values [G, 2*K*H], or one fused tensor split there."""
-        if self.copies > 1:
-            return self.q(x_TD), self.kv(x_TD)
-        heads = (self.num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim)
-        q, kv = self.qkv(x_TD).split(heads, dim=-1)
-        return q, kv
+    def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+        """[T, D] -> (q+k+v [G, (N+2K)*H]), or (q [G, N*H], k+v [G, 2*K*H]) where ranks share KV heads."""
+        return (self.qkv(x_TD),) if self.copies == 1 else (self.q(x_TD), self.kv(x_TD))
 
-    def mix(self, q_GX: Tensor, kv_GX: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
+    def mix(self, projected: tuple[Tensor, ...], context: Context, cache: KVCache | None = None) -> Tensor:
         """Rotate and attend, without communication: -> [G, N*H]."""
-        shape = (context.batch, context.seq, -1, self.head_dim)
-        q_BSNH = q_GX.view(shape)
-        k_BSKH, v_BSKH = kv_GX.view(shape).split(self.num_kv_heads, dim=2)
-        if self.theta is not None:
-            table = rope_table(context.seq, self.head_dim, self.theta, q_GX.device, context.first_position)
-            q_BSNH, k_BSKH = rotate(q_BSNH, table), rotate(k_BSKH, table)
+        q_BSNH, k_BSKH, v_BSKH = self._heads(projected, context)
         if cache is not None:
             k_BSKH, v_BSKH = cache.append(k_BSKH, v_BSKH)
         return attend(q_BSNH, k_BSKH, v_BSKH, context.document_ids).reshape(context.batch * context.seq, -1)
 
+    def _heads(self, projected: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
+        n, k = self.num_heads, self.num_kv_heads
+        # (heads of each run, how many runs are turned): queries and keys turn, values do not
+        runs = (((n, k, k), 2),) if self.copies == 1 else (((n,), 1), ((k, k), 1))
+        fused = [x.view(context.batch, context.seq, -1, self.head_dim) for x in projected]
+        if self.theta is None:
+            return tuple(run for x, (heads, _) in zip(fused, runs, strict=True) for run in x.split(heads, dim=2))
+        table = rope_table(context.seq, self.head_dim, self.theta, projected[0].device, context.first_position)
+        return tuple(run for x, (heads, turned) in zip(fused, runs, strict=True) for run in rotate_split(x, table, heads, turned))
+
     def forward(self, x_TD: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
         """[T, D] -> [T, D]."""
-        return self.o(self.mix(*self.project(x_TD), context, cache))
+        return self.o(self.mix(self.project(x_TD), context, cache))
 
 
 def attend(q_BSNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, document_ids: Tensor | None = None) -> Tensor:

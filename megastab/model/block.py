@@ -64,8 +64,7 @@ class Block(nn.Module):
     def _attention(self, x_TD: Tensor, context: Context, cache: KVCache | None) -> Tensor:
         if not self._selects():
             return self.attention(x_TD, context, cache)
-        q, kv = self.attention.project(x_TD)
-        return self.attention.o(_recomputed(self.attention.mix, q, kv, context))
+        return self.attention.o(_recomputed(self.attention.mix, self.attention.project(x_TD), context))
 
     def _mlp(self, x_TD: Tensor) -> Tensor:
         if not self._selects():

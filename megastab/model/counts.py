@@ -31,6 +31,16 @@ def num_parameters(model: ModelConfig) -> int:
     return embeddings + positions + final_norm + model.num_layers * (block_matrices(model) + block_vectors(model))
 
 
+def layer_costs(model: ModelConfig) -> list[int]:
+    """Cost of each pipeline layer: embedding, positions (gpt), the blocks, final norm, head.
+
+    Cost is the layer's matrix elements, which is also its matrix FLOPs per token; a look-up costs nothing.
+    """
+    assert model.vocab_size is not None
+    before = [0, 0] if model.arch == "gpt" else [0]
+    return [*before, *[block_matrices(model)] * model.num_layers, 0, padded_vocab(model.vocab_size) * model.hidden_size]
+
+
 def flops_per_token(model: ModelConfig) -> float:
     """Training FLOPs the model needs per token: 6 per matrix element (head included, look-up free) and causal attention.
 

@@ -18,30 +18,52 @@ def rope_table(seq: int, head_dim: int, theta: float, device: torch.device, firs
     return angles.cos().float(), angles.sin().float()
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn_(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     low, high = x.chunk(2, dim=-1)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     out_low, out_high = out.chunk(2, dim=-1)
     torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
     torch.mul(high, cos, out=out_high).addcmul_(low, sin)
-    return out
 
 
-class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation back: nothing but the table is saved."""
+class _RotateSplit(torch.autograd.Function):
+    """Splits a fused projection into runs of heads and turns the first of them.
+
+    A rotation's gradient is the rotation back, so only the table is saved; and the gradients of all runs are written into one tensor
+    where the split's own backward would concatenate them again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BSMH: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, ...], turned: int) -> tuple[Tensor, ...]:
+        ctx.heads, ctx.turned, ctx.shape = heads, turned, x_BSMH.shape
         ctx.save_for_backward(cos, sin)
-        return _turn(x_BSNH, cos, sin)
+        runs = list(x_BSMH.split(heads, dim=2))
+        for i in range(turned):
+            turned_run = torch.empty_like(runs[i], memory_format=torch.contiguous_format)
+            _turn_(turned_run, runs[i], cos, sin)
+            runs[i] = turned_run
+        return tuple(runs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, -sin), None, None
+        dx_BSMH = grads[0].new_empty(ctx.shape)
+        for i, (run, grad) in enumerate(zip(dx_BSMH.split(ctx.heads, dim=2), grads, strict=True)):
+            if i < ctx.turned:
+                _turn_(run, grad, cos, -sin)
+            else:
+                run.copy_(grad)
+        return dx_BSMH, None, None, None, None
+
+
+def rotate_split(x_BSMH: Tensor, table: tuple[Tensor, Tensor], heads: tuple[int, ...], turned: int) -> tuple[Tensor, ...]:
+    """Split [B, S, M, H] into runs of ``heads`` heads and turn the first ``turned`` runs by the angles of ``table``.
+
+    Products are in the activations' dtype.
+    """
+    cos, sin = (t[:, None, :].to(x_BSMH.dtype) for t in table)
+    return _RotateSplit.apply(x_BSMH, cos, sin, heads, turned)
 
 
 def rotate(x_BSNH: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn [B, S, N, H] by the angles of ``table``; products in the activations' dtype."""
-    cos, sin = (t[:, None, :].to(x_BSNH.dtype) for t in table)
-    return _Rotate.apply(x_BSNH, cos, sin)
+    """Turn all heads of [B, S, N, H] by the angles of ``table``."""
+    return rotate_split(x_BSNH, table, (x_BSNH.shape[2],), 1)[0]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from megastab.config.schema import Megastab, ModelConfig
 from megastab.model.block import Block
 from megastab.model.context import Context
-from megastab.model.counts import block_matrices
-from megastab.model.embedding import Head, Positions, TokenEmbedding, tied_head, vocab_rows
+from megastab.model.counts import layer_costs
+from megastab.model.embedding import Head, Positions, TokenEmbedding, tied_head
 from megastab.model.loss import cross_entropy
 from megastab.model.norms import build_norm
 from megastab.parallel.grid import TensorParallel
@@ -89,14 +89,10 @@ class _Head(Head):
 
 
 def layer_specs(config: Megastab, tp: TensorParallel) -> tuple[list[Any], list[int]]:
-    """DeepSpeed layer specifications and the cost of each, from which stages are cut without building anything.
-
-    Cost is the layer's parameters, which is also its matrix FLOPs per token; the embedding's look-up costs nothing.
-    """
+    """DeepSpeed layer specifications and the cost of each, from which stages are cut without building anything."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
     model, seed, sides = config.model, config.run.seed, Sides(config, tp)
-    head_cost, block_cost = vocab_rows(model) * model.hidden_size, block_matrices(model)
 
     def spec(build: Callable[[], nn.Module]) -> Any:
         return LayerSpec(Layer, build, sides)
@@ -107,12 +103,11 @@ def layer_specs(config: Megastab, tp: TensorParallel) -> tuple[list[Any], list[i
     specs = [tie(None) if model.tie_embeddings else LayerSpec(_Embedding, model, tp, sides)]
     if model.arch == "gpt":
         specs.append(spec(lambda: Positions(model, tp, seed)))
-    ends = len(specs)
     for i in range(model.num_layers):
         specs.append(spec(lambda i=i: Block(model, tp, i, config.parallel.recompute, seed)))  # type: ignore[misc]
     specs.append(spec(lambda: build_norm("final_norm", model, tp)))
     specs.append(tie(_tied_head) if model.tie_embeddings else LayerSpec(_Head, model, tp))
-    return specs, [0] * ends + [block_cost] * model.num_layers + [0, head_cost]
+    return specs, layer_costs(model)
 
 
 def pipeline_loss(config: Megastab, tp: TensorParallel) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]:

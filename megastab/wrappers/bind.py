@@ -42,15 +42,6 @@ def bind(engine: Any, grid: Grid) -> Adapter:
     raise UnsupportedEngine(f"megastab does not drive DeepSpeed's {type(optimizer).__name__}; use ZeRO stage 1 for bf16 and fp16")
 
 
-def wrapper_name(precision: str, zero_stage: int, offload: bool = False) -> str:
-    """The wrapper DeepSpeed will choose, for the plan (the table in DeepSpeed 0.19.8's ``_do_optimizer_sanity_check``)."""
-    if zero_stage == 0:
-        return "none (torch optimizer)" if precision == "fp32" else "FP16_Optimizer"
-    if precision == "bf16" and zero_stage == 1 and not offload:
-        return "BF16_Optimizer"
-    return "DeepSpeedZeroOptimizer_Stage3" if zero_stage == 3 else f"DeepSpeedZeroOptimizer (stage {zero_stage})"
-
-
 def skip_shm_build() -> None:
     """Keep DeepSpeed from compiling its CPU shared-memory op (a minute on first use): training never calls it."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -7,9 +7,9 @@ from typing import Any
 
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.utils import partition_balanced
 
 from megastab.parallel import collectives
+from megastab.parallel.partition import stage_bounds
 from megastab.wrappers.adapter import Adapter
 
 
@@ -23,11 +23,6 @@ class StagedModule(PipelineModule):
     def _partition_layers(self, method: str = "") -> None:
         self.parts = stage_bounds(self.costs, self.num_stages)
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
-
-
-def stage_bounds(costs: Sequence[int], num_stages: int) -> list[int]:
-    """Boundaries [0, ..., len(costs)] that make the most costly stage as cheap as can be."""
-    return [int(bound) for bound in partition_balanced(weights=list(costs), num_parts=num_stages)]
 
 
 def before_reduction(adapter: Adapter, ready: Callable[[], None]) -> None:
