@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 source run_scripts/environment.sh
 
 data=data/quickstart run=runs/quickstart config=configs/quickstart.json
-ranks=2 overrides=()
+# The config starts anew each time and moves an earlier run aside; here a finished or interrupted run is taken up instead.
+ranks=2 overrides=(megastab.run.dir=$run megastab.run.resume=auto)
 if [ "$MEGASTAB_DEVICES" -eq 1 ]; then
     ranks=1 overrides+=(megastab.parallel.tensor=1)
 elif [ "$MEGASTAB_DEVICES" -eq 0 ]; then
@@ -29,5 +30,4 @@ echo "a sample:"
 python tools/sample.py --run $run --prompt "def " --max-tokens 60 --temperature 0.8 --top-k 40 --seed 1
 echo
 echo "look at it:   source .venv/bin/activate && tensorboard --logdir $run/tensorboard"
-echo "try next:     source .venv/bin/activate && deepspeed --num_gpus $ranks megastab/pretrain.py --deepspeed_config $config ${overrides[*]} \\"
-echo "                  megastab.parallel.tensor=1 zero_optimization.stage=2 megastab.run.dir=runs/zero2"
+echo "try next:     source .venv/bin/activate && deepspeed --num_gpus 2 megastab/pretrain.py --deepspeed_config $config megastab.parallel.tensor=1 zero_optimization.stage=3"

@@ -53,33 +53,34 @@ def _prune(folder: Path, keep_last: int | None) -> None:
             shutil.rmtree(old)
 
 
-def find(resume: str, own: Path) -> Path | None:
-    """The checkpoint to resume from: ``auto`` is the run's own newest or None, ``none`` is None, else a path that must hold one.
+def find(resume: str, own: Path, wanted: Manifest) -> Path | None:
+    """The checkpoint to resume ``wanted`` from: ``auto`` is the run's own newest or None, ``none`` is None, else a path that must hold one.
 
-    A path may be a checkpoints folder or one checkpoint in it.
+    A path may be a checkpoints folder or one checkpoint in it. What is found has been checked to fit.
     """
     if resume == "none":
         return None
-    folder = own if resume == "auto" else Path(resume)
+    where = _newest(own if resume == "auto" else Path(resume))
+    if where is not None:
+        Manifest.read(where).check(wanted, where)
+    elif resume != "auto":
+        raise UserError(f"megastab.run.resume = {resume}: no checkpoint there (no {LATEST} file); give a checkpoints folder, auto, or none")
+    return where
+
+
+def _newest(folder: Path) -> Path | None:
     if (folder / LATEST).exists():
         tag = (folder / LATEST).read_text().strip()
         if not (folder / tag).is_dir():
             raise UserError(f"{folder / LATEST} names {tag}, which is not there: set megastab.run.resume to another checkpoint, or none")
         return folder / tag
-    if resume == "auto":
-        return None
-    if folder.is_dir() and folder.name.startswith("step"):
-        return folder
-    raise UserError(f"megastab.run.resume = {resume}: no checkpoint there (no {LATEST} file); give a checkpoints folder, auto, or none")
+    return folder if folder.is_dir() and folder.name.startswith("step") else None
 
 
-def load(engine: Any, where: Path, wanted: Manifest) -> Manifest:
-    """Load ``where`` into the engine (collective over the job) and return its manifest."""
-    with collectives.together("reading the checkpoint's manifest"):
-        manifest = Manifest.read(where)
-        manifest.check(wanted, where)
+def load(engine: Any, where: Path) -> Manifest:
+    """Load a checkpoint that was found to fit into the engine (collective over the job) and return its manifest."""
     with quiet():
         path, _ = engine.load_checkpoint(str(where.parent), tag=where.name)
     if path is None:
         raise UserError(f"DeepSpeed found no states in {where}: set megastab.run.resume to another checkpoint, or none")
-    return manifest
+    return Manifest.read(where)

@@ -187,17 +187,6 @@ def _one_warmup(facts: Facts) -> str | None:
     )
 
 
-def _warmup_fits(facts: Facts) -> str | None:
-    total, warmup = total_steps(facts), warmup_steps(facts)
-    if total is None or warmup <= total:
-        return None
-    key = "warmup_steps" if facts.megastab.schedule.warmup_tokens is None else "warmup_tokens"
-    return (
-        f"megastab.schedule.{key} makes a warm-up of {warmup} steps, longer than the run of {total} "
-        f"(megastab.run.total_steps or total_tokens): the peak is never reached. Shorten the warm-up to {max(1, total // 10)} steps."
-    )
-
-
 def _divisors(number: int) -> str:
     return ", ".join(str(part) for part in range(1, number + 1) if number % part == 0)
 
@@ -216,5 +205,4 @@ RULES: tuple[Rule, ...] = (
     _dropout_arch,
     _one_length,
     _one_warmup,
-    _warmup_fits,
 )

@@ -171,7 +171,8 @@ class RunConfig(Section):
     keep_last: PositiveInt | None = None
     """Checkpoints to keep; ``null`` keeps all."""
     resume: str = "auto"
-    """``auto``: the newest checkpoint of ``dir`` if there is one; ``none``: start anew; else the path of a checkpoints folder."""
+    """``auto``: the newest checkpoint of ``dir`` if there is one; ``none``: start anew (an earlier run in ``dir`` is moved aside); else
+    the path of a checkpoints folder."""
     seed: NonNegativeInt = 1234
     """Of the initial weights, dropout and the data order."""
     compile: bool = False

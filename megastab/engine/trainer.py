@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 from megastab.checkpoint import store
@@ -19,18 +20,24 @@ from megastab.stability.record import Event, StepRecord
 from megastab.telemetry.sinks import RunFolder, console_line, to_monitor
 from megastab.telemetry.throughput import peak_memory_gb, rates
 
+CHECKPOINTS = "checkpoints"  # in the run folder
+
 
 class Trainer:
     """One run on one rank."""
 
     def __init__(self, config: Config, grid: Grid, data: TrainingData):
         self.config, self.grid, self.data = config, grid, data
-        self.folder = RunFolder(config.megastab.run.dir, is_writer=collectives.world()[0] == 0)
+        run = config.megastab.run
+        self.step = 0
+        # Before anything is built or written: a checkpoint that does not fit must leave its folder as it is.
+        with collectives.together("looking for a checkpoint"):
+            self.origin = store.find(run.resume, Path(run.dir) / CHECKPOINTS, self.manifest())
+        self.folder = RunFolder(run.dir, is_writer=collectives.world()[0] == 0, is_new=run.resume == "none")
         self.built: Built = build(config, grid)
         self.engine: Any = self.built.engine
         self.stepper = Stepper(self.engine, config, grid)
         self.flops = flops_per_token(config.megastab.model)
-        self.step = 0
         self.last: StepRecord | None = None
 
     def announce(self) -> None:
@@ -45,6 +52,8 @@ class Trainer:
         for completion in config.completions:
             self.folder.say(f"  set {completion.key} = {completion.value}: {completion.reason}")
         self.folder.say(f"  decay: {self.built.groups}")
+        if config.warmup_steps > config.total_steps:
+            self.folder.say(f"  note: the warm-up of {config.warmup_steps} steps outlasts the run of {config.total_steps}")
 
     def manifest(self) -> Manifest:
         """Where the run is."""
@@ -52,15 +61,13 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the checkpoint the config names, if there is one (collective over the job)."""
-        with collectives.together("looking for a checkpoint"):
-            where = store.find(self.config.megastab.run.resume, self.folder.checkpoints)
-        if where is None:
+        if self.origin is None:
             return
-        manifest = store.load(self.engine, where, self.manifest())
+        manifest = store.load(self.engine, self.origin)
         self.step, self.data.train.consumed = manifest.step, manifest.consumed
         self.folder.drop_after(self.step)
-        self.folder.event(Event(self.step, "resume", f"from {where}"))
-        self.folder.say(f"resumed from {where} at step {self.step}, {manifest.consumed} samples consumed")
+        self.folder.event(Event(self.step, "resume", f"from {self.origin}"))
+        self.folder.say(f"resumed from {self.origin} at step {self.step}, {manifest.consumed} samples consumed")
 
     def train(self) -> None:
         """Run to the last step; the final weights are evaluated and saved."""
@@ -136,5 +143,5 @@ class Trainer:
 
     def save(self) -> None:
         """One checkpoint (collective over the job)."""
-        where = store.save(self.engine, self.grid, self.folder.checkpoints, self.manifest(), self.config.megastab.run.keep_last)
+        where = store.save(self.engine, self.grid, self.folder.path / CHECKPOINTS, self.manifest(), self.config.megastab.run.keep_last)
         self.folder.event(Event(self.step, "save", str(where)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +13,20 @@ from megastab.telemetry.tags import TAGS
 
 
 class RunFolder:
-    """The files of one run; a rank that is not the writer may call everything and nothing happens."""
+    """The files of one run; a rank that is not the writer may call everything and nothing happens.
 
-    def __init__(self, path: str | Path, is_writer: bool):
+    With ``is_new`` a folder that already holds a run is moved aside, to ``NAME.1`` and so on: nothing is ever overwritten.
+    """
+
+    def __init__(self, path: str | Path, is_writer: bool, is_new: bool = False):
         self.path, self.is_writer = Path(path), is_writer
-        if is_writer:
-            self.path.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints live."""
-        return self.path / "checkpoints"
+        if not is_writer:
+            return
+        if is_new and (self.path / "config.json").exists():
+            kept = next(aside for n in itertools.count(1) if not (aside := Path(f"{self.path}.{n}")).exists())
+            self.path.rename(kept)
+            self.say(f"{self.path} held an earlier run, kept as {kept}")
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, resolved: Mapping[str, Any]) -> None:
         """The resolved config, loadable again."""
@@ -83,7 +87,7 @@ def console_line(record: StepRecord, total_steps: int, extra: Mapping[str, float
         f"norm {record.grad_norm:.3f}" + (f" {record.action}" if record.action == "skip" else ""),
         f"lr {record.lr:.2e}",
         f"{extra['tokens_per_second'] / 1e3:.1f}k tokens/s",
-        f"{extra['model_flops']:.2f} TFLOP/s/rank",
+        f"{extra['model_tflops']:.2f} TFLOP/s/rank",
     ]
     if "mfu" in extra:
         parts.append(f"MFU {100 * extra['mfu']:.1f} %")

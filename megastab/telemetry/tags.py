@@ -39,7 +39,7 @@ TAGS: dict[str, Tag] = {
         "tokens of the step over its wall-clock time, all ranks",
         "a fall: a slow rank, or data loading",
     ),
-    "model_flops": Tag(
+    "model_tflops": Tag(
         "speed/model_tflops_per_rank",
         "TFLOP/s",
         "FLOPs the model needs (no recompute counted) per second and rank",

@@ -42,7 +42,7 @@ def rates(tokens: int, seconds: float, flops_per_token: float, ranks: int) -> di
     """Throughput of one step, by tag key."""
     per_second = tokens / max(seconds, 1e-9)
     tflops = per_second * flops_per_token / ranks / 1e12
-    out = {"tokens_per_second": per_second, "model_flops": tflops}
+    out = {"tokens_per_second": per_second, "model_tflops": tflops}
     peak = peak_tflops()
     if peak:
         out["mfu"] = tflops / peak
