@@ -6,6 +6,7 @@ DeepSpeed's own clip of this path counts one pipeline stage only, counts tied we
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -50,9 +51,11 @@ class PlainAdapter(Adapter):
     def _clip(self) -> None:
         self.begin_step()
         norm = self._global_norm()
+        if not norm < math.inf:  # NaN compares false; every wrapper tells a bad step as inf
+            norm = math.inf
         self.observe(norm)
         self.optimizer._global_grad_norm = norm
-        self.optimizer.overflow = self.skipping or not norm < float("inf")  # NaN compares false
+        self.optimizer.overflow = self.skipping or norm == math.inf
         scale = min(1.0, self.limit / (norm + 1e-6)) if self.limit > 0 else 1.0
         self.end_step()
         if not self.optimizer.overflow and scale < 1.0:

@@ -23,6 +23,8 @@ class Zero12Adapter(Adapter):
         "get_gradient_for_reduction",
         "_optimizer_step",
         "unscale_and_clip_grads",
+        "averaged_gradients",
+        "reset_cpu_buffers",
         "_update_scale",
         "clip_grad",
     )
@@ -41,7 +43,19 @@ class Zero12Adapter(Adapter):
             if adapter.limit != float("inf") or wrapper.loss_scale != 1.0:  # a factor of 1 is no reason to touch every gradient
                 base.unscale_and_clip_grads(wrapper, gradients, norm)
 
-        hook_wrapper(self, _optimizer_step=optimizer_step, unscale_and_clip_grads=unscale_and_clip_grads)
+        def reset_cpu_buffers(wrapper: Any) -> None:
+            base.reset_cpu_buffers(wrapper)
+            # DeepSpeed 0.19.8 keeps an overflowed step's fp32 sums under offload and adds the next step's to them: every later step
+            # would be skipped as well. After an ordinary step they are gone already.
+            for group in wrapper.averaged_gradients:
+                wrapper.averaged_gradients[group] = None
+
+        hook_wrapper(
+            self,
+            _optimizer_step=optimizer_step,
+            unscale_and_clip_grads=unscale_and_clip_grads,
+            reset_cpu_buffers=reset_cpu_buffers,
+        )
 
     @property
     def reduces_in_backward(self) -> bool:  # type: ignore[override]
