@@ -1,0 +1,158 @@
+"""Bytes of activations one rank keeps for backward: an estimate, from the tensors our blocks save.
+
+Letters as in ``megastab.model``: G tokens of a micro-batch, T = G, or G / tp under sequence parallel, D residual width, a and k this
+rank's query and key channels, F its MLP channels, V its vocabulary rows, e bytes of an activation. Kept per block:
+
+| recompute  | residual stream, T D e each    | attention, G e each                        | MLP, G e each                 |
+|------------|--------------------------------|--------------------------------------------|-------------------------------|
+| none       | both norms' inputs and outputs | fused q+k+v, turned q and k (llama), out   | gate+up, act(gate), product   |
+| selective  | both norms' inputs and outputs | fused q+k+v, out                           | gate+up, product              |
+| full       | the block's input              |                                            |                               |
+
+plus what is small: statistics of norms and softmax, rotary tables, dropout's masks. Recompute brings one block's share back while its
+backward runs. Not counted: what a kernel allocates inside, and the allocator's fragments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megastab.config.config import Config
+from megastab.config.schema import ModelConfig, Recompute
+from megastab.config.vocab import padded_vocab
+from megastab.plan.parameters import Stage, kv_width
+
+FP32 = 4
+INDEX = 8  # an int64 token id
+LOSS_CHUNK_ELEMENTS = 1 << 25  # model.loss: fp32 elements in flight on an accelerator
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of one rank of a stage, in bytes."""
+
+    per_micro_batch: int
+    """Kept from a micro-batch's forward to its backward."""
+    in_flight: int
+    """Micro-batches between forward and backward at once (1F1B: as many as stages from here to the last)."""
+    workspace: int
+    """What backward adds for a moment: one block's recomputed share, or the gradient of the logits."""
+
+    @property
+    def peak(self) -> int:
+        """At the worst moment of a step."""
+        return self.per_micro_batch * self.in_flight + self.workspace
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one micro-batch on one rank."""
+
+    samples: int
+    seq: int
+    local_tokens: int
+    """T: tokens on this rank's residual stream."""
+    element: int
+    """Bytes of an activation."""
+    tensor: int
+
+    @classmethod
+    def of(cls, config: Config) -> Shape:
+        """A training micro-batch."""
+        seq, tensor = config.megastab.model.max_seq_len, config.layout.tensor
+        tokens = config.micro_batch * seq
+        local = tokens // tensor if config.megastab.parallel.sequence else tokens
+        return cls(config.micro_batch, seq, local, FP32 if config.precision == "fp32" else 2, tensor)
+
+    @property
+    def tokens(self) -> int:
+        """G: tokens of the micro-batch."""
+        return self.samples * self.seq
+
+    def stream(self, model: ModelConfig) -> int:
+        """Bytes of the residual stream."""
+        return self.local_tokens * model.hidden_size * self.element
+
+    def channels(self, count: int) -> int:
+        """Bytes of ``count`` channels of every token."""
+        return self.tokens * count * self.element
+
+
+def activations(config: Config, stage: Stage) -> Activations:
+    """What one rank of ``stage`` keeps."""
+    model, recompute, shape = config.megastab.model, config.megastab.parallel.recompute, Shape.of(config)
+    kept = stage.num_blocks * block_bytes(model, shape, recompute)
+    if stage.has_embedding:
+        kept += embedding_bytes(model, shape)
+    workspace = 0
+    if recompute != "none" and stage.num_blocks:
+        workspace = block_bytes(model, shape, "none") - (0 if recompute == "full" else block_bytes(model, shape, recompute))
+    if stage.has_head:
+        kept += head_bytes(model, shape)
+        columns = padded_vocab(model.vocab_size or 0) // shape.tensor
+        chunk = FP32 * min(shape.tokens * columns, LOSS_CHUNK_ELEMENTS)
+        workspace = max(workspace, shape.channels(columns) + chunk)
+    elif config.layout.pipeline > 1:
+        kept += shape.stream(model)  # the output waits for its gradient
+    return Activations(kept, in_flight(config, stage), workspace)
+
+
+def in_flight(config: Config, stage: Stage) -> int:
+    """Micro-batches a stage holds at once under 1F1B."""
+    return min(config.layout.pipeline - stage.index, config.accumulation)
+
+
+def block_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> int:
+    """What one block keeps of one micro-batch."""
+    dropout = 2 * shape.local_tokens * model.hidden_size if model.dropout else 0  # one byte an element, both sites
+    if recompute == "full":
+        return shape.stream(model)
+    norms = 4 * shape.stream(model) + 2 * norm_statistics(model, shape)
+    return norms + dropout + _attention_bytes(model, shape, recompute) + _mlp_bytes(model, shape, recompute)
+
+
+def norm_statistics(model: ModelConfig, shape: Shape) -> int:
+    """Per token the inverse deviation, and LayerNorm's mean."""
+    return shape.local_tokens * FP32 * (2 if model.norm == "layernorm" else 1)
+
+
+def _attention_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> int:
+    q, kv = model.hidden_size // shape.tensor, kv_width(model, shape.tensor)
+    fused = shape.channels(q + 2 * kv)  # values are views of the fused projection and keep the whole of it
+    out = shape.channels(q)
+    if recompute == "selective":
+        return fused + out
+    softmax = shape.tokens * (model.num_heads // shape.tensor) * FP32
+    if model.arch == "gpt":
+        return fused + out + softmax
+    turned, table = shape.channels(q + kv), shape.seq * model.head_dim * shape.element
+    if model.num_kv_heads < shape.tensor:
+        fused = shape.channels(2 * kv)  # queries are projected apart, and nothing needs them unturned
+    return fused + turned + table + softmax + out
+
+
+def _mlp_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> int:
+    width = shape.channels(model.ffn_hidden_size // shape.tensor)
+    mask = width // shape.element  # a boolean a channel
+    into = 2 * width if model.arch == "llama" else width
+    if recompute == "selective":
+        return into + width
+    # What the activation saves besides its input, and whether it needs its input at all (relu saves its output).
+    activation, needs_input = {"relu": (0, False), "relu2": (width, False), "topk": (mask, False)}.get(model.activation, (0, True))
+    if model.arch == "llama":
+        return into + width + activation + width  # the product of act(gate) and up keeps both factors
+    return (into if needs_input else 0) + activation + width
+
+
+def embedding_bytes(model: ModelConfig, shape: Shape) -> int:
+    """Token ids; with tensor parallelism the places that are another rank's, with gpt positions and dropout's mask."""
+    ids = shape.tokens * INDEX * (2 if model.arch == "gpt" else 1)
+    dropped = shape.local_tokens * model.hidden_size if model.dropout else 0
+    return ids + (shape.tokens if shape.tensor > 1 else 0) + dropped
+
+
+def head_bytes(model: ModelConfig, shape: Shape) -> int:
+    """Input and output of the final norm, the logits once, and a few numbers a token."""
+    columns = padded_vocab(model.vocab_size or 0) // shape.tensor
+    per_token = 2 * INDEX + 1 + 2 * FP32
+    return 2 * shape.stream(model) + norm_statistics(model, shape) + shape.channels(columns) + shape.tokens * per_token

@@ -1,0 +1,126 @@
+"""Bytes of weights, gradients and optimizer states on one rank, as DeepSpeed 0.19.8's wrappers hold them.
+
+n parameters on the rank, p = n / dp its share, w = 2 or 4 bytes a weight; sums of micro-batches are always fp32:
+
+| wrapper        | weights    | gradients, end of backward          | masters | moments | more inside the step          |
+|----------------|------------|-------------------------------------|---------|---------|-------------------------------|
+| none (fp32)    | 4n         | 4n                                  | -       | 8n      | -                             |
+| BF16_Optimizer | 2n         | 2n .grad + 4n sums, not sharded     | 4p      | 8p      | -                             |
+| ZeRO 1         | w n        | 4n                                  | 4p      | 8p      | flat copy of a group: 4p      |
+| ZeRO 2         | w n        | 4p                                  | 4p      | 8p      | flat copy of a group: 4p      |
+| ZeRO 3         | w p + kept | 4p                                  | 4p      | 8p      | flat fp32 copy: 4p if 16-bit  |
+
+"kept": ZeRO 3 leaves parameters up to ``stage3_param_persistence_threshold`` whole on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megastab.config.config import Config
+from megastab.config.settings import offload_device, read
+from megastab.plan.parameters import Stage, Weight, decay_groups
+
+FP32 = 4
+# Moments of an optimizer, in fp32 copies of the parameters; one we do not know is taken for an Adam.
+MOMENTS = {"SGD": 0}
+ADAM_MOMENTS = 2
+NCCL_ALIGNMENT = 2  # DeepSpeed aligns flat groups to 2 elements a rank
+ALLREDUCE_ELEMENTS = 500_000_000  # engine.MEMORY_OPT_ALLREDUCE_SIZE: gradients of stage 0 and BF16_Optimizer travel in such buckets
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on the device of one rank, and what is offloaded from it."""
+
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    buckets: int
+    """Communication buffers, alive during backward or reduction."""
+    step_workspace: int
+    """What exists only while the optimizer steps, when there are no activations."""
+    host: int = 0
+    """Masters, moments and gradient shares held in host memory by ``offload_optimizer``."""
+
+
+def states(config: Config, stage: Stage) -> States:
+    """One rank of ``stage``."""
+    kind = ("plain", "zero1", "zero2", "zero3")[config.zero_stage]
+    offloads = offload_device(config.deepspeed, "optimizer") != "none"
+    if config.precision == "bf16" and config.zero_stage == 1 and not offloads:
+        kind = "bf16"
+    size = FP32 if config.precision == "fp32" else 2
+    dp, n = config.layout.data, stage.elements
+    groups = decay_groups(stage.weights, float(config.optimizer_params.get("weight_decay", 0.0)))
+    shares = [_share(group, dp, per_tensor=kind == "zero3") for group in groups]
+    p = n if kind == "plain" else sum(shares)
+    weights = size * n if kind != "zero3" else size * (p + _kept(config, stage.weights))
+    masters = 0 if kind == "plain" else FP32 * p
+    moments = FP32 * p * _moments(config)
+    gradients = {"plain": FP32 * n, "bf16": (FP32 + size) * n, "zero1": FP32 * n}.get(kind, FP32 * p)
+    workspace = {"zero1": FP32 * max(shares), "zero2": FP32 * max(shares)}.get(kind, 0)
+    if kind == "zero3" and size != FP32:
+        workspace = FP32 * max(shares)
+    buckets = _buckets(config, kind, groups, n, size)
+    if offloads:
+        # ZeRO 3 keeps its gradient partition on the host too; ZeRO 1 and 2 a pinned fp32 copy of it and a 16-bit one of the weights.
+        device_gradients = 0 if kind == "zero3" else size * n if config.zero_stage == 1 else 0
+        return States(weights, device_gradients, 0, 0, buckets, 0, host=masters + moments + FP32 * p + size * p)
+    return States(weights, gradients, masters, moments, buckets, workspace)
+
+
+def _share(group: list[Weight], dp: int, per_tensor: bool) -> int:
+    """Elements of a decay group one data-parallel rank owns, alignment included."""
+    if per_tensor:
+        return sum(-(-weight.elements // dp) for weight in group)
+    unit = NCCL_ALIGNMENT * dp
+    return -(-sum(weight.elements for weight in group) // unit) * NCCL_ALIGNMENT
+
+
+def _kept(config: Config, weights: tuple[Weight, ...]) -> int:
+    """Elements of the parameters ZeRO 3 never releases: the smallest ones, until the model's limit is reached."""
+    limit = _zero(config, "param_persistence_threshold", 100_000)
+    model_limit = _zero(config, "model_persistence_threshold", 2**63 - 1)
+    kept = 0
+    for weight in weights:
+        if weight.elements <= limit and kept + weight.elements <= model_limit:
+            kept += weight.elements
+    return kept
+
+
+def _moments(config: Config) -> int:
+    copies = MOMENTS.get(config.optimizer_type, ADAM_MOMENTS)
+    return 1 if config.optimizer_type == "SGD" and config.optimizer_params.get("momentum") else copies
+
+
+def _buckets(config: Config, kind: str, groups: list[list[Weight]], n: int, size: int) -> int:
+    """Bytes of the buffers gradients are reduced in, and of the weights ZeRO 3 gathers."""
+    if kind == "plain":
+        return FP32 * min(n, ALLREDUCE_ELEMENTS)
+    if kind == "bf16":
+        return FP32 * _copied_to_reduce([sum(w.elements for w in group) for group in groups])
+    bucket = int(_zero(config, "reduce_bucket_size", 500_000_000))
+    overlaps = bool(_zero(config, "overlap_comm", config.zero_stage == 3))
+    if kind == "zero3":
+        live = min(n, int(_zero(config, "max_live_parameters", 1_000_000_000)))
+        return FP32 * bucket + size * live
+    staged = size if kind == "zero2" else FP32  # ZeRO 2 stages low-precision gradients, ZeRO 1 the fp32 sums
+    return staged * bucket * (2 if overlaps else 1)
+
+
+def _copied_to_reduce(flat_groups: list[int]) -> int:
+    """Largest bucket of flat gradient groups; a group that fills a bucket alone is reduced in place."""
+    largest, pending = 0, []
+    for elements in flat_groups:
+        pending.append(elements)
+        if sum(pending) > ALLREDUCE_ELEMENTS:
+            largest, pending = max(largest, sum(pending) if len(pending) > 1 else 0), []
+    return max(largest, sum(pending) if len(pending) > 1 else 0)
+
+
+def _zero(config: Config, key: str, default: float) -> float:
+    """A ZeRO setting, under its own name or its ``stage3_`` alias."""
+    aliased = read(config.deepspeed, f"zero_optimization.stage3_{key}")
+    return aliased if aliased is not None else read(config.deepspeed, f"zero_optimization.{key}", default)

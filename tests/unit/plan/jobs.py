@@ -1,0 +1,108 @@
+"""What real engines hold, measured on every rank of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megastab.config.config import Config
+from megastab.config.load import load_config
+
+
+def small_config(world: int = 1, arch: str = "llama", model: dict[str, Any] | None = None, **top: Any) -> Config:
+    """Small, yet large enough for alignment and scalars to be far below a per cent."""
+    block = {
+        "model": {
+            "arch": arch,
+            "num_layers": 4,
+            "hidden_size": 64,
+            "num_heads": 4,
+            "num_kv_heads": 2 if arch == "llama" else 4,
+            "max_seq_len": 32,
+            "vocab_size": 500,
+            **(model or {}),
+        },
+        "parallel": top.pop("parallel", {}),
+        "run": {"dir": "runs/plan", "total_steps": 2},
+    }
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1}}
+    deepspeed = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4, "optimizer": optimizer, **top}
+    return load_config({**deepspeed, "megastab": block}, world_size=world)
+
+
+def held_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of memory that ``tensors`` cover, shared ones once."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors if t is not None)
+    total = end = 0
+    for start, stop in spans:
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def measure_engine(arguments: dict[str, Any]) -> dict[str, int]:
+    """Build an engine, take two steps, and count what it holds.
+
+    Gradients are counted where the norm is known, and where they are summed outside backward (ZeRO 2 and 3 hold them in buckets
+    then, which are counted apart) also after the last backward: the larger of the two.
+    """
+    from megastab.data.batches import MicroBatch
+    from megastab.engine.build import build
+    from megastab.engine.train_step import Stepper
+    from megastab.parallel import collectives
+    from megastab.parallel.grid import Grid
+    from megastab.wrappers.pipeline import before_reduction
+
+    config = small_config(collectives.world()[1], **arguments)
+    parallel, model = config.megastab.parallel, config.megastab.model
+    grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, model.num_kv_heads)
+    built = build(config, grid)
+    engine = built.engine
+    gradients: list[int] = []
+    built.adapter.on_norm(lambda norm: gradients.append(held_bytes(_gradients(engine))))
+    if not built.adapter.reduces_in_backward:
+        before_reduction(built.adapter, lambda: gradients.append(held_bytes(_gradients(engine))))
+    tokens = torch.randint(0, 500, (config.micro_batch, model.max_seq_len), generator=torch.Generator().manual_seed(grid.dp.rank))
+    batch = MicroBatch(tokens, tokens, torch.ones(tokens.shape), torch.arange(config.micro_batch), None)
+    for _ in range(2):
+        Stepper(engine, config, grid).train([batch] * config.accumulation)
+    return {
+        "stage": grid.pp.rank,
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
+        "weights": held_bytes(_weights(engine)),
+        "gradients": max(gradients),
+        "masters": held_bytes(_masters(engine)),
+        "moments": sum(held_bytes([state]) for state in _moments(engine)),
+        "bounds": getattr(engine.module, "parts", None),  # type: ignore[dict-item]
+    }
+
+
+def _weights(engine: Any) -> Iterator[Tensor]:
+    for p in engine.module.parameters():
+        yield p.data  # ZeRO 3: whole where the parameter is kept, empty where it is released
+        if hasattr(p, "ds_tensor"):
+            yield p.ds_tensor.data
+
+
+def _gradients(engine: Any) -> Iterator[Tensor | None]:
+    optimizer = engine.optimizer
+    for p in engine.module.parameters():
+        yield from (p.grad, getattr(p, "_hp_grad", None), getattr(p, "grad_accum", None))
+    yield from getattr(optimizer, "fp32_groups_gradients_flat", [])
+    for group in getattr(optimizer, "averaged_gradients", {}).values():
+        yield from (group if isinstance(group, list) else [group])
+    yield getattr(optimizer, "grad_partitions_flat_buffer", None)
+
+
+def _masters(engine: Any) -> list[Tensor]:
+    names = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+    return [master for name in names for master in getattr(engine.optimizer, name, [])]
+
+
+def _moments(engine: Any) -> Iterator[Tensor]:
+    client = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for state in client.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0)

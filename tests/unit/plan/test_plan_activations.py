@@ -1,0 +1,107 @@
+"""The activation estimate against the tensors a forward leaves behind for backward."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megastab.config.config import Config
+from megastab.model.init import init_weights
+from megastab.model.transformer import Transformer
+from megastab.parallel import collectives
+from megastab.parallel.grid import ALONE, Grid, TensorParallel
+from megastab.plan.plan import plan
+from tests.ranks import run_ranks
+from tests.unit.plan.jobs import small_config
+
+
+def kept_on_a_rank(arguments: dict[str, Any]) -> int:
+    """The same on every rank of a tensor-parallel job."""
+    config = small_config(collectives.world()[1], **arguments)
+    parallel = config.megastab.parallel
+    return kept_for_backward(config, Grid.create(parallel.tensor, 1, parallel.sequence, config.megastab.model.num_kv_heads).tp)
+
+
+def kept_for_backward(config: Config, tp: TensorParallel = ALONE) -> int:
+    """Bytes alive after a forward that were not before: what autograd saved, and what recompute holds on to."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    model = Transformer(config.megastab, tp)
+    init_weights(model, config.megastab.model, 0)
+    model = model.to(dtype)
+    shape = (config.micro_batch, config.megastab.model.max_seq_len)
+    tokens, weights, samples = torch.randint(0, 500, shape), torch.ones(shape), torch.arange(shape[0])
+    before = _living()  # held, so that no address is used again
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens, tokens, weights, samples)
+    after = {s.data_ptr(): s.nbytes() for s in _storages([*_living(), *saved])}
+    known = {s.data_ptr() for s in _storages([*before, loss])}
+    return sum(size for pointer, size in after.items() if pointer not in known)
+
+
+def _living() -> list[Tensor]:
+    gc.collect()
+    return [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
+
+
+def _storages(tensors: Any) -> list[Any]:
+    return [tensor.untyped_storage() for tensor in tensors]
+
+
+LLAMA = {"hidden_size": 128, "max_seq_len": 64}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("arch", "model"),
+    [
+        ("llama", {}),
+        ("llama", {"num_kv_heads": 1, "activation": "relu2"}),
+        ("gpt", {"dropout": 0.1, "tie_embeddings": False}),
+        ("gpt", {"activation": "relu"}),
+    ],
+    ids=["llama", "llama-gqa-relu2", "gpt-dropout", "gpt-relu"],
+)
+def test_the_estimate_is_what_a_forward_keeps(arch: str, model: dict[str, Any], recompute: str, precision: str) -> None:
+    precision_section = {"bf16": {"enabled": True}} if precision == "bf16" else {}
+    config = small_config(1, arch, {**LLAMA, **model}, parallel={"recompute": recompute}, **precision_section)
+    estimate = plan(config).stages[0].activations
+    assert estimate.per_micro_batch == pytest.approx(kept_for_backward(config), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "kv_heads"), [(2, False, 2), (2, True, 2), (2, True, 1)], ids=["tp2", "tp2-sp", "tp2-sp-shared-kv"]
+)
+def test_the_estimate_holds_on_tensor_parallel_ranks(tensor: int, sequence: bool, kv_heads: int) -> None:
+    arguments = {"model": {**LLAMA, "num_kv_heads": kv_heads}, "parallel": {"tensor": tensor, "sequence": sequence}}
+    estimate = plan(small_config(tensor, **arguments)).stages[0].activations.per_micro_batch  # type: ignore[arg-type]
+    for kept in run_ranks(tensor, kept_on_a_rank, arguments):
+        assert estimate == pytest.approx(kept, rel=0.15)
+
+
+def test_more_recompute_keeps_less() -> None:
+    kept = [plan(small_config(parallel={"recompute": r})).stages[0].activations.per_micro_batch for r in ("none", "selective", "full")]
+    assert kept[0] > kept[1] > kept[2]
+
+
+def test_early_stages_hold_more_micro_batches() -> None:
+    config = small_config(4, model={"num_layers": 8}, parallel={"pipeline": 4}, gradient_accumulation_steps=8)
+    assert [stage.activations.in_flight for stage in plan(config).stages] == [4, 3, 2, 1]
+    few = small_config(4, model={"num_layers": 8}, parallel={"pipeline": 4}, gradient_accumulation_steps=2)
+    assert [stage.activations.in_flight for stage in plan(few).stages] == [2, 2, 2, 1]
+
+
+def test_sequence_parallel_cuts_the_residual_stream() -> None:
+    whole, sliced = (plan(small_config(2, parallel={"tensor": 2, "sequence": s})).stages[0].activations for s in (False, True))
+    tokens, norms = 2 * 32, 9  # two a block and the last; each keeps its input, its output and one fp32 number a token
+    assert whole.per_micro_batch - sliced.per_micro_batch == norms * (2 * 64 + 1) * 4 * tokens / 2

@@ -1,0 +1,74 @@
+"""The plan's bytes against engines that hold them.
+
+Everything is counted from the same shapes, so that the numbers agree to a few hundred bytes of alignment; 1 % is asked of models whose
+alignment is larger than that of any real one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megastab.plan.plan import plan
+from megastab.plan.states import _copied_to_reduce
+from tests.ranks import run_ranks
+from tests.unit.plan.jobs import measure_engine, small_config
+
+BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
+
+
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
+def cut(tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> dict[str, Any]:
+    return {"parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": sequence}}
+
+
+CASES = {
+    "fp32-gpt-tied-pp2": (2, {"arch": "gpt", **cut(pipeline=2)}),
+    "fp32-shared-kv-tp4": (4, cut(tensor=4)),
+    "fp32-zero1-dp2": (2, zero(1)),
+    "fp32-zero1-dp2-sgd-momentum": (2, {**zero(1), "optimizer": {"type": "SGD", "params": {"lr": 1e-3, "momentum": 0.9}}}),
+    "fp16-zero1-dp2": (2, {**FP16, **zero(1)}),
+    "bf16-zero1-dp2": (2, {**BF16, **zero(1)}),
+    "bf16-zero1-tp2-pp2": (4, {**BF16, **zero(1), **cut(2, 2)}),
+    "bf16-zero2-dp2": (2, {**BF16, **zero(2)}),
+    "bf16-zero3-dp2": (2, {**BF16, **zero(3, stage3_param_persistence_threshold=5000)}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_what_the_engine_holds(case: str) -> None:
+    world, arguments = CASES[case]
+    planned = plan(small_config(world, **arguments)).stages
+    for measured in run_ranks(world, measure_engine, arguments):
+        stage = planned[measured["stage"]]
+        assert stage.parameters == measured["parameters"]
+        for what in ("weights", "gradients", "masters", "moments"):
+            assert getattr(stage.states, what) == pytest.approx(measured[what], rel=0.01), what
+
+
+def test_zero_divides_what_it_says_it_divides() -> None:
+    def total(stage: int, world: int) -> dict[str, int]:
+        states = plan(small_config(world, **BF16, **zero(stage))).stages[0].states
+        return {name: getattr(states, name) for name in ("weights", "gradients", "masters", "moments")}
+
+    for stage, divided in ((1, {"masters", "moments"}), (2, {"masters", "moments", "gradients"})):
+        one, eight = total(stage, 1), total(stage, 8)
+        for name in one:
+            assert one[name] / eight[name] == pytest.approx(8 if name in divided else 1, rel=0.01), (stage, name)
+
+
+def test_offload_moves_the_states_to_the_host() -> None:
+    here = plan(small_config(2, **BF16, **zero(2))).stages[0].states
+    away = plan(small_config(2, **BF16, **zero(2, offload_optimizer={"device": "cpu"}))).stages[0].states
+    assert (away.masters, away.moments, away.weights) == (0, 0, here.weights)
+    assert away.host >= here.masters + here.moments
+
+
+def test_flat_gradients_are_copied_only_where_buckets_mix_them() -> None:
+    assert _copied_to_reduce([10, 1]) == 11
+    assert _copied_to_reduce([600_000_000, 1000]) == 0  # the first fills a bucket alone, the second is alone in the next
+    assert _copied_to_reduce([10]) == 0
