@@ -1,0 +1,80 @@
+"""What a checkpoint is of: read, checked, and refused with the fix."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megastab.checkpoint import manifest, store, weights
+from megastab.checkpoint.manifest import Manifest
+from megastab.config.errors import UserError
+from megastab.config.load import load_config
+from tests.layouts import LLAMA, SINGLE, config_of
+from tests.oracle.models import build
+
+HERE = Path("runs/x/checkpoints/step00000010")
+
+
+def a_manifest(tokenizer: str | None = "abc") -> Manifest:
+    return Manifest.of(load_config(config_of(SINGLE), world_size=1), 10, 120, tokenizer)
+
+
+def test_manifest_survives_its_file(tmp_path: Path) -> None:
+    a_manifest().write(tmp_path)
+    assert Manifest.read(tmp_path) == a_manifest()
+
+
+def test_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a megastab checkpoint .*set megastab.run.resume"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": 1}', '{"step": 1, "unknown": 2}'])
+def test_damaged_manifest_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / manifest.FILE).write_text(text)
+    with pytest.raises(UserError, match="is damaged .*an older checkpoint, or none"):
+        Manifest.read(tmp_path)
+
+
+def test_equal_manifests_fit_whatever_the_step() -> None:
+    a_manifest().check(replace(a_manifest(), step=0, consumed=0), HERE)
+    a_manifest().check(a_manifest(tokenizer=None), HERE)
+    a_manifest(tokenizer=None).check(a_manifest(), HERE)
+
+
+def test_every_difference_is_named() -> None:
+    other = load_config(config_of(SINGLE, model__hidden_size=64, model__num_kv_heads=2), world_size=1)
+    with pytest.raises(UserError, match="another model .*hidden_size 32 there, 64 here, num_kv_heads 4 there, 2 here"):
+        a_manifest().check(Manifest.of(other, 0, 0), HERE)
+    wider = replace(a_manifest(), layout={**a_manifest().layout, "precision": "bf16"})
+    with pytest.raises(UserError, match="another layout .*precision fp32 there, bf16 here"):
+        a_manifest().check(wider, HERE)
+    with pytest.raises(UserError, match="another tokenizer: set megastab.data.tokenizer"):
+        a_manifest("abc").check(a_manifest("def"), HERE)
+
+
+def test_name_of_a_step_sorts() -> None:
+    assert store.tag_of(25) == "step00000025" and sorted([store.tag_of(1000), store.tag_of(999)]) == [store.tag_of(999), store.tag_of(1000)]
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    small = {**LLAMA, "num_layers": 1}
+    with pytest.raises(UserError, match="no weights in .*give the folder of one checkpoint"):
+        weights.load_weights(build(small), tmp_path)
+    save_file({"embedding": torch.zeros(256, 32)}, tmp_path / "pp00-tp00.safetensors", metadata={"starts": '{"embedding": 0}'})
+    with pytest.raises(UserError, match="embedding has 256 rows, the model wants 128"):
+        weights.load_weights(build(small), tmp_path)
+    save_file({"embedding": torch.zeros(128, 32)}, tmp_path / "pp00-tp00.safetensors", metadata={"starts": '{"embedding": 0}'})
+    with pytest.raises(UserError, match="lacks final_norm, head, "):
+        weights.load_weights(build(small), tmp_path)
+
+
+def test_pieces_merge_in_the_order_of_their_rows(tmp_path: Path) -> None:
+    for name, start in (("a", 4), ("b", 0), ("c", 2)):
+        rows = torch.arange(start, start + 2.0)
+        save_file({"x": rows}, tmp_path / f"{name}.safetensors", metadata={"starts": f'{{"x": {start}}}'})
+    assert dict(weights.merged_weights(tmp_path))["x"].tolist() == [0, 1, 2, 3, 4, 5]
