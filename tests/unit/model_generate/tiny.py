@@ -36,11 +36,11 @@ def tiny_config(arch: str = "llama", world: int = 1, run: Path | str = "runs/tin
     return load_config({**deepspeed, "megastab": block}, world_size=world)
 
 
-def tiny_model(arch: str = "llama") -> Transformer:
+def tiny_model(arch: str = "llama", draw_biases: bool = True) -> Transformer:
     config = tiny_config(arch).megastab
     model = Transformer(config)
     init_weights(model, config.model, config.run.seed)
-    if arch == "gpt":  # biases start at 0, where a wrong one would not be seen
+    if draw_biases and arch == "gpt":  # biases start at 0, where a wrong one would not be seen
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -43,7 +43,7 @@ def held_bytes(tensors: Iterable[Tensor | None]) -> int:
     return total
 
 
-def measure_engine(arguments: dict[str, Any]) -> dict[str, int]:
+def measure_engine(arguments: dict[str, Any]) -> dict[str, Any]:
     """Build an engine, take two steps, and count what it holds.
 
     Gradients are counted where the norm is known, and where they are summed outside backward (ZeRO 2 and 3 hold them in buckets
@@ -76,7 +76,8 @@ def measure_engine(arguments: dict[str, Any]) -> dict[str, int]:
         "gradients": max(gradients),
         "masters": held_bytes(_masters(engine)),
         "moments": sum(held_bytes([state]) for state in _moments(engine)),
-        "bounds": getattr(engine.module, "parts", None),  # type: ignore[dict-item]
+        "wrapper": type(engine.optimizer).__name__,
+        "bounds": getattr(engine.module, "parts", None),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megastab.plan.parameters import stages
 from megastab.plan.plan import plan
 from megastab.plan.states import _copied_to_reduce
 from tests.ranks import run_ranks
@@ -29,7 +30,6 @@ def cut(tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> dict[str,
 CASES = {
     "fp32-gpt-tied-pp2": (2, {"arch": "gpt", **cut(pipeline=2)}),
     "fp32-shared-kv-tp4": (4, cut(tensor=4)),
-    "fp32-zero1-dp2": (2, zero(1)),
     "fp32-zero1-dp2-sgd-momentum": (2, {**zero(1), "optimizer": {"type": "SGD", "params": {"lr": 1e-3, "momentum": 0.9}}}),
     "fp16-zero1-dp2": (2, {**FP16, **zero(1)}),
     "bf16-zero1-dp2": (2, {**BF16, **zero(1)}),
@@ -42,9 +42,13 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_are_what_the_engine_holds(case: str) -> None:
     world, arguments = CASES[case]
-    planned = plan(small_config(world, **arguments)).stages
+    config = small_config(world, **arguments)
+    planned = plan(config)
+    cuts = stages(config.megastab.model, config.layout)
     for measured in run_ranks(world, measure_engine, arguments):
-        stage = planned[measured["stage"]]
+        stage = planned.stages[measured["stage"]]
+        assert planned.wrapper.startswith(measured["wrapper"]) or (measured["wrapper"], planned.zero_stage) == ("AdamW", 0)
+        assert measured["bounds"] in (None, [0, *(cut.stop for cut in cuts)])
         assert stage.parameters == measured["parameters"]
         for what in ("weights", "gradients", "masters", "moments"):
             assert getattr(stage.states, what) == pytest.approx(measured[what], rel=0.01), what
