@@ -170,7 +170,7 @@ def test_shipped_config_loads_and_resolves(path: Path) -> None:
         config = load_config(path, world_size=world)
         assert config.layout.data == data
         assert load_config(config.resolved(), world_size=world) == config
-        assert config.megastab.run.dir == f"runs/{path.stem}"
+        assert config.megastab.run.dir.startswith("runs/")
         assert config.warmup_steps < config.total_steps
 
 

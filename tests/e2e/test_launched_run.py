@@ -1,0 +1,67 @@
+"""The whole product through the launcher: train, stop, resume, sample, draw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launching import curve, launch, records, tool
+
+TP2 = "megastab.parallel.tensor=2"
+
+
+def test_a_run_leaves_what_it_promises(config_file: Path, tmp_path: Path) -> None:
+    done = launch("--deepspeed_config", str(config_file), TP2, "tensorboard.enabled=true", "megastab.run.save_interval=3")
+    assert done.code == 0, done.text
+    run = tmp_path / "run"
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
+    assert all(r["grad_norm"] > 0 and r["tokens"] == 4 * 32 for r in records(run))
+    assert "valid loss" in done.text and "below the unigram entropy" in done.text
+    assert json.loads((run / "config.json").read_text())["megastab"]["parallel"]["tensor"] == 2
+    assert list((run / "tensorboard").rglob("events.out.tfevents*"))
+    assert (run / "checkpoints" / "latest").read_text() == "step00000006"
+    sample = tool("tools/sample.py", "--run", str(run), "--prompt", "import ", "--max-tokens", "8", "--seed", "1")
+    assert sample.code == 0 and "import " in sample.text, sample.text
+    report = tool("tools/report.py", str(run))
+    assert report.code == 0, report.text
+    assert [path for path in run.glob("*.png") if path.stat().st_size > 10_000], list(run.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_interrupted_run_goes_on_the_same_curve(config_file: Path, tmp_path: Path, dtype: str) -> None:
+    options = ["--deepspeed_config", str(config_file), TP2, *(["bf16.enabled=true"] if dtype == "bf16" else [])]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert launch(*options, f"megastab.run.dir={whole}").code == 0
+    # The first half ends at step 3 of a six-step schedule: its checkpoint is what a killed run would leave.
+    assert launch(*options, f"megastab.run.dir={halves}", "megastab.run.save_interval=3").code == 0
+    (halves / "checkpoints" / "latest").write_text("step00000003")
+    resumed = launch(*options, f"megastab.run.dir={halves}")
+    assert resumed.code == 0 and "resumed from" in resumed.text, resumed.text
+    assert curve(halves) == curve(whole)  # to the last bit
+
+
+def test_library_layouts_share_one_curve(config_file: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert launch("--deepspeed_config", str(config_file), f"megastab.run.dir={one}", ranks=1).code == 0
+    staged = launch(
+        "--deepspeed_config", str(config_file), f"megastab.run.dir={two}", TP2, "megastab.parallel.pipeline=2",
+        "megastab.parallel.sequence=true", "gradient_accumulation_steps=2", ranks=4,
+    )  # fmt: skip
+    assert staged.code == 0, staged.text
+    for mine, theirs in zip(curve(one), curve(two), strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-5)  # five AdamW steps on top of the matrix test's 2e-6
+
+
+def test_second_run_moves_the_first_aside(config_file: Path, tmp_path: Path) -> None:
+    options = ["--deepspeed_config", str(config_file), "megastab.run.resume=none", "megastab.run.total_steps=2"]
+    assert launch(*options, ranks=1).code == 0
+    again = launch(*options, ranks=1)
+    assert again.code == 0 and "kept as" in again.text
+    assert len(records(tmp_path / "run")) == len(records(tmp_path / "run.1")) == 2
+
+
+def test_plain_python_is_a_job_of_one_rank(config_file: Path) -> None:
+    done = tool("megastab/pretrain.py", "--deepspeed_config", str(config_file), "megastab.run.total_steps=1")
+    assert done.code == 0 and "step 1/1" in done.text, done.text
