@@ -41,15 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     try:
         config = load_config(args.deepspeed_config, args.overrides, args.world_size if args.dry_run else None)
+        if args.dry_run:
+            from megastab.plan.plan import plan
+
+            print(plan(config))
+            return 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank reads the same file and finds the same fault
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    if args.dry_run:
-        from megastab.plan.plan import plan
-
-        print(plan(config))
-        return 0
     from megastab.engine.launch import run_job
 
     return run_job(lambda: train(config))

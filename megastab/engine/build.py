@@ -12,7 +12,10 @@ from torch import nn
 
 from megastab.config.config import Config
 from megastab.engine.step import complete_gradients
+from megastab.model.attention import Attention
+from megastab.model.block import Block
 from megastab.model.init import init_weights
+from megastab.model.mlp import MLP
 from megastab.model.stages import layer_specs, pipeline_loss
 from megastab.model.transformer import Transformer
 from megastab.optim.groups import build_optimizer, describe_groups
@@ -54,13 +57,19 @@ def build_module(config: Config, grid: Grid) -> nn.Module:
     return module
 
 
-def compile_blocks(module: nn.Module) -> None:
-    """Compile each block in place; its graph breaks at every collective."""
-    from megastab.model.block import Block
+def compile_blocks(module: nn.Module, is_partitioned: bool = False) -> None:
+    """Compile in place what lies between collectives.
 
-    for block in module.modules():
-        if isinstance(block, Block):
-            block.compile()
+    A whole block where that is possible: its graph breaks at each collective by itself. Where parameters are partitioned (ZeRO-3)
+    every submodule carries DeepSpeed's gathering hooks, which cannot be traced; there only the parts without parameters are compiled.
+    """
+    for part in module.modules():
+        if isinstance(part, Block) and not is_partitioned:
+            part.compile()
+        elif isinstance(part, Attention) and is_partitioned:
+            part.mix = torch.compile(part.mix)  # type: ignore[method-assign]
+        elif isinstance(part, MLP) and is_partitioned:
+            part.activate = torch.compile(part.activate)  # type: ignore[method-assign]
 
 
 def build(config: Config, grid: Grid) -> Built:
@@ -90,5 +99,5 @@ def build(config: Config, grid: Grid) -> Built:
     adapter = bind(engine, grid)
     complete_gradients(adapter)
     if block.run.compile:
-        compile_blocks(engine.module)
+        compile_blocks(engine.module, is_partitioned=config.zero_stage == 3)
     return Built(engine, adapter, Controller(adapter), groups)

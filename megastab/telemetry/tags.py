@@ -1,4 +1,4 @@
-"""Every scalar's name, unit and meaning, in one place; ``docs/telemetry.md`` is made from this table."""
+"""Every scalar's name, unit and meaning, in one place; ``python -m megastab.telemetry.tags > docs/telemetry.md`` makes the page."""
 
 from __future__ import annotations
 
@@ -72,3 +72,7 @@ def to_markdown() -> str:
     ]
     lines += [f"| `{tag.name}` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in TAGS.values()]
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(to_markdown(), end="")
