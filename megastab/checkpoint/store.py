@@ -36,7 +36,7 @@ def save(engine: Any, grid: Grid, folder: Path, manifest: Manifest, keep_last: i
     if is_first:
         manifest.write(folder / tag)
         _publish(folder, tag)
-        _prune(folder, keep_last)
+        _prune(folder, tag, keep_last)
     collectives.barrier()
     return folder / tag
 
@@ -47,9 +47,10 @@ def _publish(folder: Path, tag: str) -> None:
     os.replace(temporary, folder / LATEST)
 
 
-def _prune(folder: Path, keep_last: int | None) -> None:
+def _prune(folder: Path, newest: str, keep_last: int | None) -> None:
+    """Keep the newest ``keep_last`` up to ``newest``; later ones (a run that went back and has not caught up) are left alone."""
     if keep_last is not None:
-        for old in sorted(folder.glob("step????????"))[:-keep_last]:
+        for old in sorted(path for path in folder.glob("step????????") if path.name <= newest)[:-keep_last]:
             shutil.rmtree(old)
 
 

@@ -1,0 +1,83 @@
+"""Child side: build the contestant of one :class:`Spec`, then take a step per request until the parent closes the pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megastab.report.bench.cases import Spec
+
+
+class Turns:
+    """Requests in, replies out. Takes standard output for itself, so that no library's print is taken for a reply."""
+
+    def __init__(self) -> None:
+        self._replies = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def next(self) -> str | None:
+        """The next request, or None when it is time to leave."""
+        return sys.stdin.readline().strip() or None
+
+    def reply(self, value: Any) -> None:
+        """Answer a request."""
+        self._replies.write(json.dumps(value) + "\n")
+        self._replies.flush()
+
+    def serve(self, step: Callable[[], dict[str, Any]], memory: Callable[[], float]) -> None:
+        """Answer until the parent has no more to ask."""
+        self.reply("ready")
+        while (request := self.next()) is not None:
+            self.reply(step() if request == "step" else memory())
+
+
+def resident_bytes() -> int:
+    """What this process holds now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+class MemoryGrowth:
+    """Peak memory since this object was made, which is after all imports and before the model.
+
+    On the CPU: the largest resident size of the process's life less the resident size now. Imports peak below any model measured
+    here. On an accelerator: the allocator's peak.
+    """
+
+    def __init__(self) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        self.accelerator = get_accelerator()
+        self.before = resident_bytes()
+
+    def __call__(self) -> float:
+        """Bytes."""
+        if self.accelerator.device_name() == "cpu":
+            return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.before)
+        return float(self.accelerator.max_memory_allocated())
+
+
+def main(text: str) -> None:
+    """Run one contestant."""
+    spec, turns = Spec.parse(text), Turns()
+    if spec.who == "hugging_face":
+        from megastab.report.bench.hugging_face import run
+
+        run(spec, turns)
+        return
+    from megastab.engine.launch import start_job
+    from megastab.parallel import collectives
+    from megastab.report.bench.contestants import Contestants
+
+    start_job()
+    memory = MemoryGrowth()
+    turns.serve(Contestants(spec).step, memory)
+    collectives.leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
