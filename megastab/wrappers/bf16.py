@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megastab.wrappers.adapter import Adapter, Fragment, hook_wrapper, split_parts
+from megastab.wrappers.adapter import Adapter, Fragment, block_norms, hook_wrapper, split_parts
 
 
 class BF16Adapter(Adapter):
@@ -32,11 +32,13 @@ class BF16Adapter(Adapter):
             if for_clipping:
                 return found
             dense, expert = found
+            dense = block_norms(dense)
             # A rank with nothing to count (a stage whose parameters all count elsewhere) must still join the reduction.
             return dense or [torch.zeros(1, device=wrapper.fp32_groups_gradients_flat[0].device)], expert
 
         def update_lp_params(wrapper: Any) -> None:
-            adapter.updated()
+            if adapter.in_step:  # loading a checkpoint publishes too
+                adapter.updated()
             base.update_lp_params(wrapper)
 
         hook_wrapper(self, get_grads_for_norm=get_grads_for_norm, update_lp_params=update_lp_params)

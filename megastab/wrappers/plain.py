@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.parallel.ownership import counts_here
-from megastab.wrappers.adapter import Adapter, Fragment, split_parts
+from megastab.wrappers.adapter import Adapter, Fragment, block_norms, split_parts
 
 
 class PlainAdapter(Adapter):
     """A bare torch optimizer under a DeepSpeed engine."""
+
+    is_partitioned = False
 
     def __init__(self, engine: object, grid: Grid):
         super().__init__(engine)
@@ -63,6 +65,6 @@ class PlainAdapter(Adapter):
 
     def _global_norm(self) -> float:
         counted = [g for p, g in self.gradients() if counts_here(p, self.grid.tp.rank)]
-        squares = torch.stack(torch._foreach_norm(counted)).double().square().sum().item() if counted else 0.0
+        squares = torch.stack(torch._foreach_norm(block_norms(counted))).double().square().sum().item() if counted else 0.0
         # Sum over (tp x pp): ownership counts each row once; data-parallel ranks already hold equal gradients.
         return float(collectives.sum_scalars([squares], self.grid.model.group)[0] ** 0.5)

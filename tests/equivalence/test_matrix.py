@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gqa2": {"model": {"num_kv_heads": 2}},
     "mqa": {"model": {"num_kv_heads": 1}},
     "tied": {"model": {"tie_embeddings": True}},
+    "large_tied": {"model": {"tie_embeddings": True, "vocab_size": 1900}},  # over pp 2 the last stage is the tied head alone
     "gpt": {"model": GPT},
     "gpt_untied": {"model": {**GPT, "tie_embeddings": False}},
     "dropout": {"model": {**GPT, "dropout": 0.1}},
@@ -87,6 +88,7 @@ FP32 = [
     *rows("gqa2", TP2, TP4, TP4_SP, *(Layout(4, tp=4, sp=True, zero=stage) for stage in (1, 2, 3))),
     *rows("mqa", TP2, TP2_SP, *(Layout(4, tp=2, zero=stage) for stage in (1, 2, 3)), TP2_PP2_SP),
     *rows("tied", TP2, PP2, TP2_PP2, TP2_PP2_SP, Z1_PP2_DP2, Z3_DP2, Layout(4, tp=2, zero=3)),
+    *rows("large_tied", PP2, TP2_PP2_SP, Z1_PP2_DP2),
     *rows("gpt", TP2, PP2, TP2_PP2_SP, Layout(4, tp=2, sp=True, zero=2)),
     *rows("gpt_untied", TP2_SP, PP2),
     *rows("dropout", TP2, TP2_SP, DP2, PP2, TP2_PP2_SP, Layout(1, accumulation=4), Z3_DP2, Layout(2, tp=2, recompute="full")),
@@ -108,10 +110,13 @@ FP32 = [
 
 
 LOW = [
-    *rows("llama", Layout(1, zero=2), Layout(2, tp=2, zero=1), Layout(2, pp=2, zero=1, accumulation=3), Z1_DP2, Z2_DP2, Z3_DP2, dtype="bf16"),
+    *rows("llama", Layout(1, zero=2), Layout(2, tp=2, zero=1), Layout(2, pp=2, zero=1, accumulation=3), dtype="bf16"),
+    *rows("llama", Z1_DP2, Z2_DP2, Z3_DP2, Layout(2, zero=2, offload=True, accumulation=2), dtype="bf16"),
     *rows("gqa2", Layout(4, tp=4, sp=True, zero=1), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("mqa", Layout(4, tp=2, sp=True, zero=3), dtype="bf16"),
     *rows("tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
+    *rows("large_tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),  # ranks with nothing to count
+    *rows("dropout", Layout(2, zero=1, accumulation=2), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("llama", Layout(2, tp=2, zero=1), Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="fp16"),
 ]  # fmt: skip
 

@@ -87,7 +87,7 @@ def test_gpt2_equals_transformers(hidden: int, heads: int) -> None:
         initializer_range=0.1,
     )  # fmt: skip
     theirs = GPT2LMHeadModel(config)
-    for name, parameter in theirs.named_parameters():
+    for parameter in theirs.parameters():
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     ours = build({"arch": "gpt", "num_layers": LAYERS, "hidden_size": hidden, "num_heads": heads, "max_seq_len": 64, "vocab_size": VOCAB})
