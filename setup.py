@@ -31,7 +31,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["mypy", "pytest", "ruff", "transformers>=4.45"],
+        "test": ["mypy", "pytest", "ruff", "transformers>=4.45", "zclip==1.0.0"],
         "bench": ["accelerate", "transformers>=4.45"],
     },
 )

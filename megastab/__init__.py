@@ -11,6 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "StepRecord": "megastab.stability.record",
+    "ZClip": "megastab.stability.zclip",
     "load_config": "megastab.config.load",
 }
 

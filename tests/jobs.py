@@ -32,6 +32,10 @@ class Job:
         return self.stepper.train(self.batches.next_step())
 
     @property
+    def norm(self) -> float:
+        return self.built.controller.norm
+
+    @property
     def decision(self) -> Any:
         return self.built.controller.decision
 
@@ -123,7 +127,7 @@ def train(config: dict[str, Any], steps: int) -> Report:
     tap = GradientTap(job)
     for step in range(steps):
         report.losses.append(job.step())
-        report.norms.append(job.decision.norm)
+        report.norms.append(job.norm)
         report.scales.append(job.decision.scale)
         if step == 0:
             report.gradients = tap.pieces()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ class Manifest:
     model: dict[str, Any]
     layout: dict[str, Any]
     tokenizer: str | None
+    stability: dict[str, Any] = field(default_factory=dict)
+    """State of the stability methods: plain values, the same on every rank."""
     format: int = FORMAT
 
     @classmethod
-    def of(cls, config: Config, step: int, consumed: int, tokenizer: str | None = None) -> Manifest:
+    def of(
+        cls, config: Config, step: int, consumed: int, tokenizer: str | None = None, stability: dict[str, Any] | None = None
+    ) -> Manifest:
         """The manifest of a run at a step."""
         layout = {**asdict(config.layout), "zero_stage": config.zero_stage, "precision": config.precision}
-        return cls(step, consumed, config.megastab.model.model_dump(mode="json"), layout, tokenizer)
+        return cls(step, consumed, config.megastab.model.model_dump(mode="json"), layout, tokenizer, stability or {})
 
     def write(self, tag_folder: Path) -> None:
         """Write into the checkpoint's folder."""

@@ -130,10 +130,11 @@ _INTO_RUN_FOLDER = "without a path the files land under the working directory, w
 TRAPS: tuple[Trap, ...] = (
     Trap(
         "gradient_clipping",
-        "when it is missing DeepSpeed clips at 1.0 all the same; written so that the run says so",
+        "when it is missing DeepSpeed clips at 1.0 all the same; written so that the run says so, and as 0 (no cap) beside ZClip, which "
+        "a cap below the usual norm would leave nothing to do",
         "always",
         _always,
-        _just(1.0),
+        lambda deepspeed, megastab: 1.0 if megastab.stability.zclip is None else 0.0,
     ),
     Trap(
         "zero_allow_untested_optimizer",

@@ -44,7 +44,8 @@ def render() -> str:
 
 def _sections(model: type[BaseModel], prefix: str) -> Iterator[str]:
     """A heading and a table for every section, depth first in the order of the schema."""
-    plain = {name: field for name, field in model.model_fields.items() if section_of(field.annotation) is None}
+    # A section that may be null is a switch, and stands in the table as well.
+    plain = {name: field for name, field in model.model_fields.items() if section_of(field.annotation) is None or field.default is None}
     if plain:
         yield f"### `{prefix}`\n\n{_summary(model)}\n"
         yield _table(("key", "type", "default", "meaning"), [_row(prefix, name, field) for name, field in plain.items()])
@@ -77,10 +78,14 @@ def _type_name(annotation: Any, metadata: list[Any]) -> str:
         return " or ".join(_type_name(part, metadata if part is not type(None) else []) for part in arguments)
     if origin is list:
         return f"list of {_type_name(arguments[0], [])}"
+    if origin is dict:
+        return f"object of {_type_name(arguments[0], [])} to {_type_name(arguments[1], [])}"
     if origin is tuple:
         return f"[{', '.join(_type_name(part, []) for part in arguments)}]"
     if hasattr(annotation, "__metadata__"):
         return _type_name(arguments[0], [*annotation.__metadata__, *metadata])
+    if section_of(annotation) is not None:
+        return "object, below"
     words = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
     bounds = [
         f"{sign} {getattr(item, key):g}" for key, sign in _BOUNDS.items() for item in metadata if getattr(item, key, None) is not None

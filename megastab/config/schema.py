@@ -151,6 +151,63 @@ class LossConfig(Section):
     """Weight of the squared log-sum-exp of the logits (PaLM, sec. 5: 1e-4)."""
 
 
+class ZClipConfig(Section):
+    """Adaptive clipping on the global gradient norm (arXiv 2504.02507); ``gradient_clipping`` is its fixed cap on top, 0 for none."""
+
+    alpha: float = Field(default=0.97, gt=0.0, lt=1.0)
+    """Memory of the running mean and variance of the norm."""
+    z_thresh: PositiveFloat = 2.5
+    """Standard score above which a norm is a spike."""
+    mode: Literal["reciprocal", "mean", "max"] = "reciprocal"
+    """What a spike is clipped to: mean + z_thresh^2 / z std, the mean, or mean + z_thresh std."""
+    warmup_steps: PositiveInt = 25
+    """Steps that only collect norms."""
+    clip_factor: PositiveFloat = 1.0
+    """Multiplies the std term; below 1 clips harder."""
+    skip_update_on_spike: bool = False
+    """Keep a spike's clipped norm out of the statistics."""
+    compat: bool = False
+    """Decide exactly as the released package zclip 1.0.0 does."""
+    rewarm_clipped: NonNegativeInt = 20
+    """Spikes within ``rewarm_window`` steps after which the statistics start again from them; 0 never does."""
+    rewarm_window: PositiveInt = 25
+    """Steps ``rewarm_clipped`` looks back."""
+    max_nonfinite_in_a_row: PositiveInt | None = 8
+    """Skipped non-finite steps in a row after which the run stops; ``null`` never stops."""
+    on_change: Literal["auto", "keep", "rewarm"] = "auto"
+    """On resume with other settings: keep the statistics or warm up again; ``auto`` re-warms when the batch size changed."""
+
+
+class TVRConfig(Section):
+    """Target variance rescaling (arXiv 2503.17500): matrices of the blocks are shrunk to a standard deviation."""
+
+    target_std: PositiveFloat = 0.01
+    """Standard deviation a matrix may have."""
+    ratio_threshold: float = Field(default=1.0, ge=1.0)
+    """Rescale where std / target exceeds it."""
+    interval_steps: PositiveInt = 50
+    """Applied steps between looks."""
+    depth_scaled: bool = False
+    """Target divided by sqrt(l) in block l from 1."""
+    zero_bias: bool = False
+    """Set the bias of a rescaled matrix to 0, as the released code does."""
+    two_sided: bool = False
+    """Also inflate matrices below target / ratio_threshold."""
+    targets: dict[Literal["q", "k", "v", "o", "gate", "up", "down"], PositiveFloat] = Field(default={})
+    """Other targets by role."""
+    exclude: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = Field(default=[])
+    """Roles left alone."""
+
+
+class StabilityConfig(Section):
+    """What keeps the run stable; each is off at ``null``."""
+
+    zclip: ZClipConfig | None = None
+    """Adaptive clipping; ``{}`` for the defaults."""
+    tvr: TVRConfig | None = None
+    """Variance rescaling; ``{}`` for the defaults."""
+
+
 class RunConfig(Section):
     """The run itself: where, how long, how often."""
 
@@ -194,5 +251,7 @@ class Megastab(Section):
     """The learning rate."""
     loss: LossConfig = LossConfig()
     """The objective."""
+    stability: StabilityConfig = StabilityConfig()
+    """The methods that keep it stable."""
     run: RunConfig = RunConfig()
     """The run."""

@@ -32,9 +32,12 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def homes() -> dict[str, str]:
-    """Last part of a dotted path -> that path, for names that live in exactly one place of our block."""
-    leaves = [path.rsplit(".", 1)[1] for path in known_paths()]
-    return {leaf: path for leaf, path in zip(leaves, known_paths(), strict=True) if leaves.count(leaf) == 1}
+    """Last part of a dotted path -> that path: the one nearest to the root, where it is alone there."""
+    found: dict[str, list[str]] = {}
+    for path in known_paths():
+        found.setdefault(path.rsplit(".", 1)[1], []).append(path)
+    nearest = {leaf: [p for p in paths if p.count(".") == min(q.count(".") for q in paths)] for leaf, paths in found.items()}
+    return {leaf: paths[0] for leaf, paths in nearest.items() if len(paths) == 1}
 
 
 def explain(error: ValidationError) -> list[str]:

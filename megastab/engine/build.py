@@ -21,7 +21,7 @@ from megastab.model.transformer import Transformer
 from megastab.optim.groups import build_optimizer, describe_groups
 from megastab.optim.schedules import build_schedule
 from megastab.parallel.grid import Grid
-from megastab.stability.controller import Controller
+from megastab.stability.controller import Controller, build_controller
 from megastab.wrappers.adapter import Adapter
 from megastab.wrappers.bind import bind, quiet
 from megastab.wrappers.pipeline import StagedModule
@@ -100,4 +100,4 @@ def build(config: Config, grid: Grid) -> Built:
     complete_gradients(adapter)
     if block.run.compile:
         compile_blocks(engine.module, is_partitioned=config.zero_stage == 3)
-    return Built(engine, adapter, Controller(adapter), groups)
+    return Built(engine, adapter, build_controller(adapter, grid, block.stability, config.global_batch), groups)

@@ -31,8 +31,9 @@ class Trainer:
         run = config.megastab.run
         self.step = 0
         # Before anything is built or written: a checkpoint that does not fit must leave its folder as it is.
+        wanted = Manifest.of(config, 0, 0, data.tokenizer)
         with collectives.together("looking for a checkpoint"):
-            self.origin = store.find(run.resume, Path(run.dir) / CHECKPOINTS, self.manifest())
+            self.origin = store.find(run.resume, Path(run.dir) / CHECKPOINTS, wanted)
         self.folder = RunFolder(run.dir, is_writer=collectives.world()[0] == 0, is_new=run.resume == "none")
         self.built: Built = build(config, grid)
         self.engine: Any = self.built.engine
@@ -57,7 +58,8 @@ class Trainer:
 
     def manifest(self) -> Manifest:
         """Where the run is."""
-        return Manifest.of(self.config, self.step, self.data.train.consumed, self.data.tokenizer)
+        stability = self.built.controller.state_dict()
+        return Manifest.of(self.config, self.step, self.data.train.consumed, self.data.tokenizer, stability)
 
     def resume(self) -> None:
         """Go on from the checkpoint the config names, if there is one (collective over the job)."""
@@ -65,6 +67,9 @@ class Trainer:
             return
         manifest = store.load(self.engine, self.origin)
         self.step, self.data.train.consumed = manifest.step, manifest.consumed
+        for change in self.built.controller.load_state_dict(manifest.stability):
+            self.folder.event(Event(self.step, "settings", change))
+            self.folder.say(f"  note: {change}")
         self.folder.drop_after(self.step)
         self.folder.event(Event(self.step, "resume", f"from {self.origin}"))
         self.folder.say(f"resumed from {self.origin} at step {self.step}, {manifest.consumed} samples consumed")
@@ -98,19 +103,20 @@ class Trainer:
         return record, extra
 
     def _record(self, loss: float, lr: float, seconds: float) -> StepRecord:
-        decision = self.built.controller.decision
-        assert decision is not None, "a step forms exactly one norm"
+        controller = self.built.controller
+        norm, decision = controller.norm, controller.decision
+        assert norm is not None and decision is not None, "a step forms exactly one norm"
         return StepRecord(
             step=self.step,
             loss=loss,
             lr=lr,
-            grad_norm=decision.norm,
+            grad_norm=norm,
             clip_threshold=decision.threshold,
             clip_scale=decision.scale,
-            z=None,
+            z=decision.z,
             action=decision.action,
             reason=decision.reason,
-            rescaled=0,
+            rescaled=len(controller.rescaled),
             tokens=self.config.tokens_per_step,
             seconds=seconds,
         )
@@ -118,11 +124,20 @@ class Trainer:
     def _publish(self, record: StepRecord, extra: dict[str, float]) -> None:
         self.last = record
         self.folder.step(record, extra)
-        if record.action == "skip":
-            self.folder.event(Event(record.step, "skip", record.reason))
+        if record.action == "skip" or record.reason:
+            self.folder.event(Event(record.step, record.action, self._why(record)))
+        for event in self.built.controller.rescaled:
+            why = f"{event.name}: std {event.std:.6g} over its target {event.target:.6g}, mean {event.mean:.3g}"
+            self.folder.event(Event(record.step, "rescale", why))
         if self.folder.is_writer:
             scalars = {key: getattr(record, key) for key in ("loss", "grad_norm", "clip_scale", "lr")}
             to_monitor(self.engine.monitor, record.step, {**scalars, **extra})
+
+    def _why(self, record: StepRecord) -> str:
+        """The reason of a decision with what a person would look up next: the norm, its score, the samples of the batch."""
+        last = self.data.train.consumed
+        score = f", z {record.z:.2f}" if record.z is not None else ""
+        return f"{record.reason}; norm {record.grad_norm:.6g}{score}, samples {last - self.config.global_batch} to {last - 1}"
 
     def evaluate(self) -> float | None:
         """Validation loss, printed and logged; None without validation data."""

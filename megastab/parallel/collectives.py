@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -118,6 +118,14 @@ def sum_scalars(values: Sequence[float], group: Group) -> list[float]:
     return buffer.tolist()
 
 
+def sum_doubles_(values: Tensor, group: Group) -> None:
+    """Sum a small fp64 table over ``group`` in place, through the accelerator where the backend only reaches that."""
+    if group is not None:
+        staged = values.to(get_accelerator().current_device_name())
+        dist.all_reduce(staged, group=group)
+        values.copy_(staged)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's ``value``, on every rank of the job."""
     if not is_initialized():
@@ -138,6 +146,13 @@ def leave() -> None:
     if is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def fail_alike(message: str) -> NoReturn:
+    """End the job over something every rank has found alike: the first rank says it, the others leave quietly."""
+    if world()[0] == 0:
+        raise UserError(message)
+    raise PeerFailed(message)
 
 
 @contextmanager

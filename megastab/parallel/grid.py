@@ -52,6 +52,8 @@ class Grid:
     pp: Axis = Axis()
     model: Axis = Axis()
     """All ranks that hold parts of one copy of the model (tp x pp)."""
+    stage: Axis = Axis()
+    """All ranks that hold parts or copies of one pipeline stage (tp x dp)."""
 
     @classmethod
     def create(cls, tensor: int = 1, pipeline: int = 1, sequence: bool = False, kv_heads: int | None = None) -> Grid:
@@ -80,6 +82,7 @@ class Grid:
             dp=Axis(dp_rank, data, group("dp", size=data)),
             pp=Axis(pp_rank, pipeline, group("pp", size=pipeline)),
             model=Axis(pp_rank * tensor + tp_rank, tensor * pipeline, group("tp", "pp", size=tensor * pipeline)),
+            stage=Axis(dp_rank * tensor + tp_rank, tensor * data, group("tp", "dp", size=tensor * data)),
         )
 
     def topology(self) -> Any:

@@ -5,7 +5,7 @@ n parameters on the rank, p = n / dp its share, w = 2 or 4 bytes a weight; sums 
 | wrapper        | weights    | gradients, end of backward          | masters | moments | more inside the step          |
 |----------------|------------|-------------------------------------|---------|---------|-------------------------------|
 | none (fp32)    | 4n         | 4n                                  | -       | 8n      | -                             |
-| BF16_Optimizer | 2n         | 2n .grad + 4n sums, not sharded     | 4p      | 8p      | -                             |
+| BF16_Optimizer | 2n         | 4n sums, not sharded                | 4p      | 8p      | -                             |
 | ZeRO 1         | w n        | 4n                                  | 4p      | 8p      | flat copy of a group: 4p      |
 | ZeRO 2         | w n        | 4p                                  | 4p      | 8p      | flat copy of a group: 4p      |
 | ZeRO 3         | w p + kept | 4p                                  | 4p      | 8p      | flat fp32 copy: 4p if 16-bit  |
@@ -59,7 +59,7 @@ def states(config: Config, stage: Stage) -> States:
     weights = size * n if kind != "zero3" else size * (p + _kept(config, stage.weights))
     masters = 0 if kind == "plain" else FP32 * p
     moments = FP32 * p * _moments(config)
-    gradients = {"plain": FP32 * n, "bf16": (FP32 + size) * n, "zero1": FP32 * n}.get(kind, FP32 * p)
+    gradients = {"plain": FP32 * n, "bf16": FP32 * n, "zero1": FP32 * n}.get(kind, FP32 * p)
     workspace = {"zero1": FP32 * max(shares), "zero2": FP32 * max(shares)}.get(kind, 0)
     if kind == "zero3" and size != FP32:
         workspace = FP32 * max(shares)
@@ -97,6 +97,8 @@ def _moments(config: Config) -> int:
 
 def _buckets(config: Config, kind: str, groups: list[list[Weight]], n: int, size: int) -> int:
     """Bytes of the buffers gradients are reduced in, and of the weights ZeRO 3 gathers."""
+    if kind in ("plain", "bf16") and config.layout.data == 1:
+        return 0  # nothing to reduce, and no copy made for it
     if kind == "plain":
         return FP32 * min(n, ALLREDUCE_ELEMENTS)
     if kind == "bf16":

@@ -144,6 +144,11 @@ class Adapter(ABC):
         # DeepSpeed multiplies by clip_grad / (norm + 1e-6) where that is below 1; inf leaves the gradients alone.
         self._limit = math.inf if scale == 1.0 else (self.norm + 1e-6) * scale
 
+    def scaler_recovers(self) -> bool:
+        """Whether a non-finite norm is the fp16 loss scale's business: it is dynamic and can still fall."""
+        scaler: Any = getattr(self.optimizer, "loss_scaler", None)
+        return bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale
+
     def skip(self) -> None:
         """From inside an ``on_norm`` listener: leave masters, moments, schedule and loss scale as they are."""
         self.skipping = True
@@ -217,6 +222,12 @@ def hook_wrapper(adapter: Adapter, **overrides: Any) -> None:
         step=torch.no_grad()(step),
         **overrides,
     )
+
+
+def skip_lone_reduction(engine: Any) -> None:
+    """With one data-parallel rank there is nothing to reduce, but DeepSpeed would copy all gradients into a bucket and back."""
+    if engine.dp_world_size == 1:
+        engine.buffered_allreduce_fallback = lambda *args, **kwargs: None
 
 
 def defer_growth(adapter: Adapter) -> dict[str, Any]:

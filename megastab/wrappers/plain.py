@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.parallel.ownership import counts_here
-from megastab.wrappers.adapter import Adapter, Fragment, block_norms, split_parts
+from megastab.wrappers.adapter import Adapter, Fragment, block_norms, skip_lone_reduction, split_parts
 
 
 class PlainAdapter(Adapter):
@@ -26,6 +26,7 @@ class PlainAdapter(Adapter):
     def __init__(self, engine: object, grid: Grid):
         super().__init__(engine)
         self.grid = grid
+        skip_lone_reduction(self.engine)
         self.optimizer._global_grad_norm, self.optimizer.overflow = 0.0, False
         # The engine clips only where gradient_clipping() > 0: claim so, and do the whole decision where it clips.
         self.engine.gradient_clipping = lambda: 1.0

@@ -53,6 +53,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "residual_scaled": {"model__init": {"scheme": "residual_scaled"}},
     "padding": {"model": {"vocab_size": 130}},  # padded to 256: over tp 4 the last rank holds padding only
     "clipped": {"ds__gradient_clipping": 0.2},
+    "zclip": {"stability": {"zclip": {"warmup_steps": 2, "z_thresh": 0.3}}},  # clips and applies within the 8 steps
+    "tvr": {"stability": {"tvr": {"target_std": 0.09, "interval_steps": 2}}},  # every matrix starts above its target
+    "stable": {
+        "model__init": {"scheme": "lir"},
+        "stability": {"zclip": {"warmup_steps": 2, "z_thresh": 0.3}, "tvr": {"target_std": 0.06, "interval_steps": 3}},
+    },
+    "gqa2_stable": {
+        "model": {"num_kv_heads": 2},
+        "stability": {"zclip": {"warmup_steps": 2, "z_thresh": 0.3}, "tvr": {"target_std": 0.09, "interval_steps": 2}},
+    },
     "gqa2_clipped": {"model": {"num_kv_heads": 2}, "ds__gradient_clipping": 0.2},
 }
 
@@ -106,6 +116,11 @@ FP32 = [
     *rows("padding", TP4, Layout(4, tp=4, sp=True, zero=3)),
     *rows("clipped", TP2, PP2, TP2_PP2_SP, Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, sp=True, zero=1), Z1_PP2_DP2),
     *rows("gqa2_clipped", Layout(4, tp=4)),
+    *rows("zclip", TP2, PP2, Z1_DP2, Z3_DP2),
+    *rows("tvr", TP2, PP2, DP2, Z1_DP2, Z2_DP2, Z3_DP2, Layout(3, zero=3)),
+    *rows("stable", TP2, TP4, PP2, TP2_PP2, TP2_PP2_SP, DP2, Z1_DP2, Z2_DP2, Z3_DP2, Z1_PP2_DP2),
+    *rows("stable", *(Layout(4, tp=2, sp=True, zero=stage) for stage in (1, 2, 3)), Layout(2, zero=2, offload=True)),
+    *rows("gqa2_stable", TP4, TP4_SP, *(Layout(4, tp=4, sp=True, zero=stage) for stage in (1, 3))),
 ]  # fmt: skip
 
 
@@ -114,6 +129,7 @@ LOW = [
     *rows("llama", Z1_DP2, Z2_DP2, Z3_DP2, Layout(2, zero=2, offload=True, accumulation=2), dtype="bf16"),
     *rows("gqa2", Layout(4, tp=4, sp=True, zero=1), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("mqa", Layout(4, tp=2, sp=True, zero=3), dtype="bf16"),
+    *rows("stable", Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("large_tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),  # ranks with nothing to count
     *rows("dropout", Layout(2, zero=1, accumulation=2), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),

@@ -228,7 +228,7 @@ def norm_and_clip() -> list[tuple[float, float, float]]:
         from tests.oracle.models import logical
 
         worst = max(float((torch.from_numpy(clipped[n]) - g.reshape(-1)).abs().max()) for n, g in logical(bare, "grad").items())
-        out.append((job.decision.norm, norm, worst))
+        out.append((job.norm, norm, worst))
         job.built.engine.destroy()
     return out
 

@@ -26,7 +26,7 @@ def losses(layout: Layout, dtype: str, evaluates: bool) -> dict[str, Any]:
         if evaluates:
             valid += [job.stepper.evaluate(data), job.stepper.evaluate(data)]
         train.append(job.step())
-    return {"valid": valid, "train": train, "norm": job.decision.norm}
+    return {"valid": valid, "train": train, "norm": job.norm}
 
 
 @functools.cache

@@ -164,7 +164,7 @@ def scaled_gradients(wrapped: Wrapped) -> list[tuple[float, float]]:
             found.append([values for _, _, _, values in tap.pieces()])
         whole = max((np.abs(a).max() for a in found[0]), default=0.0)
         worst = max((np.abs(b - 0.2 * a).max() for a, b in zip(*found, strict=True)), default=0.0)
-        out.append((job.decision.norm, float(worst / (0.2 * whole)) if whole else 0.0))
+        out.append((job.norm, float(worst / (0.2 * whole)) if whole else 0.0))
     job.built.engine.destroy()
     return out
 
@@ -225,7 +225,7 @@ def bad_gradients(wrapped: Wrapped) -> dict[str, Any]:
         if job.grid.dp.rank == job.grid.dp.size - 1:
             set_factor(value)
         job.step()
-        out[str(value)] = (job.decision.norm, job.decision.action, changed(before, snapshot(job)))
+        out[str(value)] = (job.norm, job.decision.action, changed(before, snapshot(job)))
         set_factor(1.0)
     facts = {"steps": out, "skipped": job.built.engine.skipped_steps, "heard": len(heard)}
     facts["finite"] = math.isfinite(job.step())
@@ -250,7 +250,7 @@ def grown_scale(wrapped: Wrapped) -> dict[str, Any] | None:
         for _ in range(4):
             job.batches.consumed = 0
             job.step()
-            norms[-1].append(job.decision.norm)
+            norms[-1].append(job.norm)
             gradients.append(sum(float(np.square(p[3].astype(np.float64)).sum()) for p in tap.pieces()))
         scales.append(float(job.built.engine.optimizer.loss_scale))
         job.built.engine.destroy()
