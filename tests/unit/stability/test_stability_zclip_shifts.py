@@ -111,6 +111,7 @@ def test_the_twentieth_spike_restarts_from_the_raw_norms_and_says_so() -> None:
     assert [d.action for d in decisions] == ["clip"] * 20 + ["apply"]
     assert "20 spikes in 25 steps are a new level, 10.09" in decisions[19].reason and "new level" not in decisions[18].reason
     assert decisions[20].z == pytest.approx((10.2 - 10.095) / rule.std, rel=0.1) and rule.num_rewarms == 1
+    assert rule.observe(100.0).action == "clip" and rule.num_rewarms == 1  # the twenty are forgotten with the level
 
 
 @pytest.mark.parametrize(("gap", "is_left"), [(5, True), (6, False)])
