@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "StepRecord": "megastab.stability.record",
+    "TVR": "megastab.stability.tvr",
     "ZClip": "megastab.stability.zclip",
     "load_config": "megastab.config.load",
 }

@@ -57,7 +57,13 @@ def _sentence(part: Any) -> str:
     return f"{path} = {_shown(value)} is wrong: {part['msg'][:1].lower()}{part['msg'][1:]}."
 
 
+# Names people bring from elsewhere, and where the fact lives here.
+HOMES_ELSEWHERE = {"max_grad_norm": " Its home is the top-level gradient_clipping, which is ZClip's cap where zclip is on."}
+
+
 def _nearest_key(loc: tuple[int | str, ...]) -> str:
+    if loc[-1] in HOMES_ELSEWHERE:
+        return HOMES_ELSEWHERE[str(loc[-1])]
     model: type[BaseModel] | None = Megastab
     for step in loc[:-1]:
         field = model.model_fields.get(str(step)) if model is not None else None

@@ -18,6 +18,7 @@ from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.stability.record import Event, StepRecord
 from megastab.telemetry.sinks import RunFolder, console_line, to_monitor
+from megastab.telemetry.tags import TAGS
 from megastab.telemetry.throughput import peak_memory_gb, rates
 
 CHECKPOINTS = "checkpoints"  # in the run folder
@@ -94,6 +95,7 @@ class Trainer:
         fetched = time.perf_counter()
         lr = float(self.engine.optimizer.param_groups[0]["lr"])
         loss = self.stepper.train(batches)
+        self.built.controller.step_done()
         seconds = time.perf_counter() - began
         self.step += 1
         record = self._record(loss, lr, seconds)
@@ -130,7 +132,7 @@ class Trainer:
             why = f"{event.name}: std {event.std:.6g} over its target {event.target:.6g}, mean {event.mean:.3g}"
             self.folder.event(Event(record.step, "rescale", why))
         if self.folder.is_writer:
-            scalars = {key: getattr(record, key) for key in ("loss", "grad_norm", "clip_scale", "lr")}
+            scalars = {key: value for key, value in record.to_json().items() if key in TAGS and value is not None}
             to_monitor(self.engine.monitor, record.step, {**scalars, **extra})
 
     def _why(self, record: StepRecord) -> str:

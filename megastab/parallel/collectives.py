@@ -128,10 +128,15 @@ def sum_doubles_(values: Tensor, group: Group) -> None:
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's ``value``, on every rank of the job."""
-    if not is_initialized():
+    return gather_objects_in(value, dist.group.WORLD) if is_initialized() else [value]
+
+
+def gather_objects_in(value: Any, group: Group) -> list[Any]:
+    """Every rank's ``value``, on every rank of ``group``."""
+    if group is None:
         return [value]
-    out: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value)
+    out: list[Any] = [None] * group_size(group)
+    dist.all_gather_object(out, value, group=group)
     return out
 
 

@@ -46,6 +46,7 @@ class Controller:
         self.norm: float | None = None
         self.decision: ClipDecision | None = None
         self.rescaled: list[RescaleEvent] = []
+        self._has_looked = False
         # Every rank of a stage must list the same matrices, also those it holds nothing of.
         catalogue = [(info, part) for info in map(adapter.info, adapter.parameters()) for part in info.parts]
         self._matrices = tvr.selected(catalogue) if tvr is not None else []
@@ -55,6 +56,7 @@ class Controller:
     def norm_known(self, norm: float) -> None:
         """The seam where the decision is made: called once a step on every rank, before anything is scaled."""
         self.norm, self.decision, self.rescaled = norm, self._decide(norm), []
+        self._has_looked = False
         if self.decision.action == "skip":
             self.adapter.skip()
         else:
@@ -72,11 +74,18 @@ class Controller:
         """The seam between update and publication: called on applied steps only; whether a master was changed."""
         if self.tvr is None or not self.tvr.advance():
             return False
+        self._has_looked = True
         # Without partitions every data-parallel rank holds all fragments: the first one contributes them.
         counts = self.adapter.is_partitioned or self.grid.dp.rank == 0
         held = list(self.adapter.fragments())
         self.rescaled = self.tvr.rescale_fragments_(held, self._matrices, self.grid.stage.group, counts)
         return bool(self.rescaled)
+
+    def step_done(self) -> None:
+        """After the step, on every rank: bring together what the pipeline stages rescaled (only where there was a look)."""
+        if self._has_looked:
+            stages = collectives.gather_objects_in(self.rescaled, self.grid.pp.group)  # over pp: a stage knows its own matrices
+            self.rescaled = [event for stage in stages for event in stage]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, equal on every rank."""

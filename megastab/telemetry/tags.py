@@ -32,6 +32,24 @@ TAGS: dict[str, Tag] = {
     "clip_scale": Tag(
         "train/clip_scale", "-", "factor applied to the gradient by clipping", "below 1 on most steps: the cap is too low to be a cap"
     ),
+    "clip_threshold": Tag(
+        "train/clip_threshold",
+        "-",
+        "norm above which the step's gradient is clipped: the fixed cap, or ZClip's mean plus z_thresh deviations",
+        "far above the norm for hundreds of steps: ZClip's warm-up saw a few huge norms",
+    ),
+    "z": Tag(
+        "train/z",
+        "-",
+        "standard score of the norm against its recent history (ZClip)",
+        "above z_thresh: a spike, clipped; the samples of the step are in events.jsonl",
+    ),
+    "rescaled": Tag(
+        "train/rescaled",
+        "matrices",
+        "matrices TVR shrank to their target after the step",
+        "all of them at every look: the target is below what the learning rate sustains",
+    ),
     "lr": Tag("train/lr", "-", "learning rate of the step", "not what the schedule should say: skipped steps do not advance it"),
     "tokens_per_second": Tag(
         "speed/tokens_per_second",

@@ -54,6 +54,20 @@ def test_library_layouts_share_one_curve(config_file: Path, tmp_path: Path) -> N
         assert theirs == pytest.approx(mine, rel=1e-5)  # five AdamW steps on top of the matrix test's 2e-6
 
 
+def test_every_spike_and_rescale_leaves_a_reason(config_file: Path, tmp_path: Path) -> None:
+    stable = ["megastab.stability.zclip.warmup_steps=2", "megastab.stability.zclip.z_thresh=0.3"]
+    stable += ["megastab.stability.tvr.target_std=0.015", "megastab.stability.tvr.interval_steps=3"]
+    done = launch("--deepspeed_config", str(config_file), "megastab.parallel.pipeline=2", *stable)
+    assert done.code == 0, done.text
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    rescaled = [event["reason"] for event in events if event["kind"] == "rescale"]
+    assert any("layers.0" in why for why in rescaled) and any("layers.1" in why for why in rescaled)  # of both stages
+    clipped = [record for record in records(tmp_path / "run") if record["action"] == "clip"]
+    reasons = {event["step"]: event["reason"] for event in events if event["kind"] == "clip"}
+    assert clipped and all("is above 0.3" in reasons[r["step"]] and "samples" in reasons[r["step"]] for r in clipped)
+    assert any(record["rescaled"] == 14 for record in records(tmp_path / "run"))  # 7 matrices of 2 layers
+
+
 def test_second_run_moves_the_first_aside(config_file: Path, tmp_path: Path) -> None:
     options = ["--deepspeed_config", str(config_file), "megastab.run.resume=none", "megastab.run.total_steps=2"]
     assert launch(*options, ranks=1).code == 0

@@ -77,6 +77,8 @@ def config_for(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
     fixed = {
         "model": {**GPT, "dropout": 0.1, "num_kv_heads": 2},
         "data": {"document_mask": True},
+        # Statistics of the norm and the phase of rescaling are part of the curve: both act before and after the break.
+        "stability": {"zclip": {"warmup_steps": 2, "z_thresh": 0.3}, "tvr": {"target_std": 0.09, "interval_steps": 2}},
         "run": {"dir": str(folder), "total_steps": WHOLE, "save_interval": HALF, "resume": "none"},
     }
     if dtype == "fp16":

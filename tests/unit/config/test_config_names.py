@@ -71,3 +71,8 @@ def test_everything_wrong_is_told_at_once(refuse) -> None:
 
 def test_auto_is_left_to_the_keys_deepspeed_resolves(load) -> None:
     assert load("data_types.keep_in_fp32_modules=auto").deepspeed["data_types"]["keep_in_fp32_modules"] == "auto"
+
+
+def test_released_name_of_the_cap_is_sent_to_its_home(refuse) -> None:
+    message = refuse("megastab.stability.zclip.max_grad_norm=1.0")
+    assert "megastab.stability.zclip.max_grad_norm" in message and "gradient_clipping" in message
