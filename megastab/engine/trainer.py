@@ -151,7 +151,8 @@ class Trainer:
         if (text := self.data.valid_text) is not None:
             bits = values["valid_bits_per_byte"] = loss / math.log(2) / text.bytes_per_token
             below = 100 * (1 - bits / text.unigram_bits_per_byte)
-            said += f"  {bits:.4f} bits/byte, {below:.1f} % below the unigram entropy ({text.unigram_bits_per_byte:.4f})"
+            side = f"{below:.1f} % below" if below >= 0 else f"{-below:.1f} % above"
+            said += f"  {bits:.4f} bits/byte, {side} the unigram entropy ({text.unigram_bits_per_byte:.4f})"
         self.folder.say(f"step {self.step}/{self.config.total_steps}  {said}")
         self.folder.evaluation(self.step, values)
         if self.folder.is_writer:
