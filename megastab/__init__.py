@@ -14,6 +14,8 @@ _HOMES = {
     "StepRecord": "megastab.stability.record",
     "TVR": "megastab.stability.tvr",
     "ZClip": "megastab.stability.zclip",
+    "attach": "megastab.engine.library",
+    "initialize": "megastab.engine.library",
     "load_config": "megastab.config.load",
 }
 

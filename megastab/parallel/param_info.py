@@ -15,7 +15,7 @@ from torch import nn
 from megastab.parallel.collectives import Group
 from megastab.parallel.grid import TensorParallel
 
-Role = Literal["embedding", "position", "head", "q", "k", "v", "o", "gate", "up", "down", "norm", "bias"]
+Role = Literal["embedding", "position", "head", "q", "k", "v", "o", "gate", "up", "down", "norm", "bias", "other"]
 VECTOR_ROLES: frozenset[Role] = frozenset({"norm", "bias"})
 
 

@@ -18,6 +18,8 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from megastab.parallel.foreign import foreign_info
+from megastab.parallel.grid import ALONE, TensorParallel
 from megastab.parallel.param_info import ParamInfo, Part, info_of
 
 DEEPSPEED_VERSION = "0.19.8"
@@ -72,13 +74,6 @@ def _norms_of_blocks(flat: Tensor) -> Tensor:
     return torch.cat([blocks, torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).view(1)])
 
 
-def foreign_info(parameter: nn.Parameter, name: str) -> ParamInfo:
-    """A foreign parameter: one whole matrix under its own name."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    rows, width = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (math.prod(shape), None)
-    return ParamInfo((Part.whole(name, "up" if width else "bias", rows),), width=width)
-
-
 class Adapter(ABC):
     """The verbs of one wrapper around one engine. Callbacks registered here run on every rank, in the order of a step."""
 
@@ -86,6 +81,8 @@ class Adapter(ABC):
     """Private attributes of the wrapper this adapter reads; missing ones are refused by name."""
     is_partitioned: ClassVar[bool] = True
     """Whether data-parallel ranks own different fragments; otherwise each holds them all."""
+    tp: TensorParallel = ALONE
+    """Tensor-parallel axis foreign parameters are described on; our own carry their description."""
     reduces_in_backward: ClassVar[bool] = False
     """Whether gradients leave ``param.grad`` during backward (ZeRO 2 and 3), so that only tensor hooks see them."""
 
@@ -121,7 +118,7 @@ class Adapter(ABC):
 
     def info(self, parameter: nn.Parameter) -> ParamInfo:
         """The parameter's description, made from its name if it is foreign."""
-        return info_of(parameter) or foreign_info(parameter, self._names[id(parameter)])
+        return info_of(parameter) or foreign_info(parameter, self._names[id(parameter)], self.tp)
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """(parameter, accumulated gradient) at the boundary of a step, before reduction over data-parallel ranks."""
