@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -19,11 +18,8 @@ from torch import nn
 
 import megastab
 from megastab.config.errors import UserError
-from megastab.config.library import load_library_config, load_stability
 from megastab.parallel import foreign
-from megastab.parallel.grid import TensorParallel
 from megastab.stability.zclip import ZClip
-from megastab.wrappers.adapter import UnsupportedEngine
 from tests import jobs
 from tests.ranks import run_ranks
 
@@ -383,123 +379,3 @@ def test_documented_example_is_the_one_that_runs() -> None:
     source = (ROOT / "tests" / "e2e" / "library_example.py").read_text()
     assert f"```python\n{source}```" in text
     assert len(source.splitlines()) <= 40
-
-
-# -- bad input -----------------------------------------------------------------------------------------------------------
-
-GOOD = {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"megastab": {"model": {"arch": "llama"}}}, r"megastab\.model is read by the trainer"),
-        ({"megastab": {"run": {}, "stability": {}}}, r"megastab\.run is read by the trainer"),
-        ({"megastab": {"stabilty": {}}}, r"megastab\.stabilty is not a known key\. Did you mean megastab\.stability\?"),
-        ({"megastab": {"stability": {"zclip": {"z_tresh": 3}}}}, r"megastab\.stability\.zclip\.z_tresh .*z_thresh\?"),
-        ({"megastab": {"stability": {"zclip": {"max_grad_norm": 1.0}}}}, "Its home is the top-level gradient_clipping"),
-        ({"megastab": 3}, "megastab = 3 must be a section"),
-        ({"gradient_cliping": 1.0}, r"gradient_cliping is not a key DeepSpeed 0\.19\.8 reads\. Did you mean gradient_clipping\?"),
-        ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "round_robin_gradients = true is refused"),
-        ({"compile": {"enabled": True}}, "compile is refused: .*torch.compile"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is refused: .*pass an mpu"),
-        ({"optimizer": None}, "there is no optimizer"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "beta": 1}}}, r"optimizer\.params\.beta is not a parameter"),
-    ],
-)
-def test_wrong_json_is_refused_before_anything_is_built(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        megastab.initialize(model=nn.Linear(2, 2), config={**GOOD, **changes})
-
-
-def test_everything_wrong_is_told_at_once() -> None:
-    with pytest.raises(UserError) as error:
-        load_library_config({**GOOD, "gradient_cliping": 1.0, "megastab": {"data": {}, "stability": {"tvr": {"target": 1}}}}, False)
-    assert all(name in str(error.value) for name in ("gradient_cliping", "megastab.data", "megastab.stability.tvr.target"))
-
-
-@pytest.mark.parametrize("config", [None, "both"])
-def test_exactly_one_config_is_taken(config: Any) -> None:
-    kwargs: dict[str, Any] = {"config": GOOD, "config_params": GOOD} if config else {}
-    with pytest.raises(UserError, match="takes one config"):
-        megastab.initialize(model=nn.Linear(2, 2), **kwargs)
-
-
-def test_json_is_completed_as_for_the_trainer(tmp_path: Path) -> None:
-    given = {**GOOD, "bf16": {"enabled": True}, "scheduler": {"type": "WarmupLR"}, "megastab": {"stability": {"zclip": {}}}}
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps(given))
-    loaded = load_library_config(path, False)
-    assert loaded.deepspeed["zero_optimization"]["stage"] == 1 and "megastab" not in loaded.deepspeed
-    assert loaded.deepspeed["gradient_clipping"] == 0.0 and loaded.deepspeed["scheduler"] == {"type": "WarmupLR"}
-    assert {"zero_optimization.stage", "gradient_clipping"} <= {completion.key for completion in loaded.completions}
-    assert loaded.optimizer == ("AdamW", {"lr": 1e-3}) and loaded.stability.zclip is not None
-    assert load_library_config({**GOOD, "optimizer": {"type": "Lamb"}}, False).optimizer is None, "DeepSpeed's to judge"
-    assert load_library_config({"train_batch_size": 1}, True).optimizer is None
-
-
-def fake_engine(config: dict[str, Any] | None = None) -> Any:
-    optimizer = type("FP16_UnfusedOptimizer", (), {})()
-    return SimpleNamespace(
-        optimizer=optimizer, module=nn.Linear(2, 2), gradient_clipping=lambda: 1.0, config=config, data_parallel_group=None
-    )
-
-
-def test_unknown_wrapper_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedEngine, match="does not drive DeepSpeed's FP16_UnfusedOptimizer"):
-        megastab.attach(fake_engine())
-
-
-def test_attach_refuses_what_would_break_it() -> None:
-    with pytest.raises(UserError, match='no "megastab" section'):
-        megastab.attach(fake_engine(), {"stability": {}})
-    with pytest.raises(UserError, match="round_robin_gradients = true of the engine is refused"):
-        megastab.attach(fake_engine({"zero_optimization": {"round_robin_gradients": True}}), {"megastab": BLOCK})
-    with pytest.raises(UserError, match="read by the trainer"):
-        megastab.attach(fake_engine({"megastab": {"model": {}}}))
-    assert load_stability({}, {}, must_have=False).zclip is None
-
-
-# -- names of foreign parameters ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "role", "layer"),
-    [
-        ("model.layers.11.self_attn.q_proj.weight", "q", 11),
-        ("model.layers.0.mlp.down_proj.weight", "down", 0),
-        ("model.embed_tokens.weight", "embedding", None),
-        ("lm_head.weight", "head", None),
-        ("transformer.h.3.attn.c_attn.weight", None, 3),
-        ("transformer.wpe.weight", "position", None),
-        ("gpt_neox.layers.2.mlp.dense_h_to_4h.weight", "up", 2),
-        ("blocks.5.fused_qkv.weight", None, 5),
-        ("model.layers.1.self_attn.q_proj.lora_A.default.weight", None, 1),
-        ("weight", None, None),
-    ],
-)
-def test_table_of_names(name: str, role: str | None, layer: int | None) -> None:
-    assert (foreign.role_of(name), foreign.layer_of(name)) == (role, layer)
-
-
-def test_registered_patterns_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreign, "_registered", [])
-    foreign.register(r"\.query\.weight$", "q")
-    foreign.register(r"gate_proj", "other")
-    assert foreign.role_of("encoder.layer.0.query.weight") == "q" and foreign.role_of("layers.0.gate_proj.weight") == "other"
-    assert foreign.without_role({"a.gate_proj.weight": nn.Parameter(torch.zeros(2, 2)), "a.norm": nn.Parameter(torch.zeros(2))}) == []
-    with pytest.raises(UserError, match="role 'query'"):
-        foreign.register("x", "query")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="not a regular expression"):
-        foreign.register("(", "q")
-
-
-def test_tensor_parallel_shares_are_counted_whole() -> None:
-    """Two tensor-parallel ranks: a sharded matrix is counted by both over twice the elements, a replicated one by the first."""
-    sharded, copy = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(5, 3))
-    sharded.tensor_model_parallel = True  # type: ignore[attr-defined]
-    tp = TensorParallel(1, 2)
-    info = foreign.foreign_info(sharded, "layers.0.q_proj.weight", tp)
-    assert (info.name, info.parts[0].global_rows, info.parts[0].start, info.is_first_copy) == ("layers.0.q_proj", 8, 4, True)
-    info = foreign.foreign_info(copy, "layers.0.o_proj.weight", tp)
-    assert (info.parts[0].global_rows, info.is_first_copy, info.is_sharded) == (5, False, False)
