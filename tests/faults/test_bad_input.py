@@ -59,7 +59,7 @@ def test_bad_input_ends_the_job_with_one_message(name: str, config_file: Path, t
     copy = tmp_path / "data"
     shutil.copytree(text_data, copy)
     config_file.write_text(config_file.read_text().replace(str(text_data), str(copy)))
-    done = launch("--deepspeed_config", str(config_file), "megastab.parallel.tensor=2", *spoil(copy), timeout=60)
+    done = launch("--deepspeed_config", str(config_file), "megastab.parallel.tensor=2", *spoil(copy), timeout=180)
     assert done.code != 0
     assert done.text.count("error: ") == 1 and "Traceback" not in done.text, done.text
     message = done.text[done.text.index("error: ") :]
