@@ -70,23 +70,9 @@ class LibraryController(Controller):
 
     def _note(self, lr: float) -> None:
         self.step_done()
-        norm, decision, began = self.norm, self.decision, self._ended
-        assert norm is not None and decision is not None, "a step forms exactly one norm"
-        self._lr, self._ended = None, time.perf_counter()
-        self.last = StepRecord(
-            step=int(self.adapter.engine.global_steps),  # DeepSpeed counts attempted steps, and saves the count
-            loss=math.nan,
-            lr=lr,
-            grad_norm=norm,
-            clip_threshold=decision.threshold,
-            clip_scale=decision.scale,
-            z=decision.z,
-            action=decision.action,
-            reason=decision.reason,
-            rescaled=len(self.rescaled),
-            tokens=0,
-            seconds=self._ended - began,
-        )
+        began, self._lr, self._ended = self._ended, None, time.perf_counter()
+        step = int(self.adapter.engine.global_steps)  # DeepSpeed counts attempted steps, and saves the count
+        self.last = self.record(step=step, loss=math.nan, lr=lr, tokens=0, seconds=self._ended - began)
 
 
 def initialize(

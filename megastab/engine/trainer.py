@@ -98,30 +98,12 @@ class Trainer:
         self.built.controller.step_done()
         seconds = time.perf_counter() - began
         self.step += 1
-        record = self._record(loss, lr, seconds)
+        tokens = self.config.tokens_per_step
+        record = self.built.controller.record(step=self.step, loss=loss, lr=lr, tokens=tokens, seconds=seconds)
         extra = rates(record.tokens, seconds, self.flops, self.config.layout.world)
         extra |= {"data_seconds": fetched - began, "memory_gb": peak_memory_gb()}
         self._publish(record, extra)
         return record, extra
-
-    def _record(self, loss: float, lr: float, seconds: float) -> StepRecord:
-        controller = self.built.controller
-        norm, decision = controller.norm, controller.decision
-        assert norm is not None and decision is not None, "a step forms exactly one norm"
-        return StepRecord(
-            step=self.step,
-            loss=loss,
-            lr=lr,
-            grad_norm=norm,
-            clip_threshold=decision.threshold,
-            clip_scale=decision.scale,
-            z=decision.z,
-            action=decision.action,
-            reason=decision.reason,
-            rescaled=len(controller.rescaled),
-            tokens=self.config.tokens_per_step,
-            seconds=seconds,
-        )
 
     def _publish(self, record: StepRecord, extra: dict[str, float]) -> None:
         self.last = record

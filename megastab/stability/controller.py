@@ -10,6 +10,7 @@ from megastab.config.schema import StabilityConfig
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.stability.clip_rule import ClipDecision, ClipRule
+from megastab.stability.record import StepRecord
 from megastab.stability.tvr import TVR, RescaleEvent
 from megastab.stability.zclip import ZClip
 from megastab.wrappers.adapter import Adapter
@@ -86,6 +87,25 @@ class Controller:
         if self._has_looked:
             stages = collectives.gather_objects_in(self.rescaled, self.grid.pp.group)  # over pp: a stage knows its own matrices
             self.rescaled = [event for stage in stages for event in stage]
+
+    def record(self, *, step: int, loss: float, lr: float, tokens: int, seconds: float) -> StepRecord:
+        """The step just taken: what the loop knows of it, and what was seen and decided here."""
+        norm, decision = self.norm, self.decision
+        assert norm is not None and decision is not None, "a step forms exactly one norm"
+        return StepRecord(
+            step=step,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            clip_threshold=decision.threshold,
+            clip_scale=decision.scale,
+            z=decision.z,
+            action=decision.action,
+            reason=decision.reason,
+            rescaled=len(self.rescaled),
+            tokens=tokens,
+            seconds=seconds,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, equal on every rank."""
