@@ -26,7 +26,7 @@ setup(
         "numpy",
         "pydantic>=2.7",
         "safetensors",
-        "sentencepiece",
+        "sentencepiece>=0.2.3",  # ids as arrays
         "tensorboard",
         "tqdm",
     ],

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from megastab.data.documents import Unit, read_documents
 from megastab.data.index_file import token_dtype
 from megastab.data.tokenizer import Tokenizer
 
-_BATCH_BYTES = 1 << 18  # large enough to hide the cost of a call, small enough to stop soon
+_BATCH_BYTES = 1 << 18  # large enough to hide the cost of a write, small enough to stop soon
 
 
 @dataclass(frozen=True)
@@ -103,19 +102,20 @@ def _batches(job: Job, unit: Unit, report: UnitReport) -> Iterator[list[bytes]]:
 
 
 def _write_batch(job: Job, batch: list[bytes], report: UnitReport, streams: dict[str, IO[bytes]]) -> None:
-    dtype = token_dtype(job.tokenizer.vocab_size)
-    tokens = {split: array(dtype.char) for split in job.splits}
-    end = [job.tokenizer.eod] if job.append_eod else []
-    for document, ids in zip(batch, job.tokenizer.encode_batch(batch), strict=True):
+    tokenizer, dtype = job.tokenizer, token_dtype(job.tokenizer.vocab_size)
+    tokens: dict[str, list[np.ndarray]] = {split: [] for split in job.splits}
+    end = [np.array([tokenizer.eod], np.int32)] if job.append_eod else []
+    for document in batch:
         split = job.split_of(document)
-        ids += end
-        tokens[split].extend(ids)
-        report.shards[split].lengths.append(len(ids))
+        pieces = [tokenizer.encode_array(document), *end]
+        tokens[split] += pieces
+        report.shards[split].lengths.append(sum(map(len, pieces)))
         report.shards[split].text_bytes += len(document)
-    for split, ids_of_split in tokens.items():
-        ids_of_split.tofile(streams[split])
-        shard = report.shards[split]
-        shard.counts += np.bincount(np.frombuffer(ids_of_split, dtype), minlength=len(shard.counts))
+    for split, arrays in tokens.items():
+        if arrays:
+            ids = np.concatenate(arrays)
+            ids.astype(dtype).tofile(streams[split])
+            report.shards[split].counts += np.bincount(ids, minlength=tokenizer.vocab_size)
 
 
 _job: Job

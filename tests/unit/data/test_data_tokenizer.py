@@ -39,10 +39,6 @@ def test_round_trip_of_corpus_and_unigram(tokenizer: Tokenizer, corpus: Path, te
         assert unigram.decode(unigram.encode(text)) == text
 
 
-def test_batch_equals_single_calls(tokenizer: Tokenizer) -> None:
-    assert tokenizer.encode_batch([text.encode() for text in HARD_TEXTS]) == [tokenizer.encode(text) for text in HARD_TEXTS]
-
-
 def test_runs_of_spaces_and_newlines_become_pieces(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode(" " * 12)) <= 3
     assert any("\n" in tokenizer.decode([i]) and len(tokenizer.decode([i])) > 1 for i in range(tokenizer.vocab_size))
