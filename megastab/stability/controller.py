@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from megastab.config.schema import StabilityConfig
@@ -48,14 +49,28 @@ class Controller:
         self.decision: ClipDecision | None = None
         self.rescaled: list[RescaleEvent] = []
         self._has_looked = False
+        self._rehearsed: list[float] | None = None
         # Every rank of a stage must list the same matrices, also those it holds nothing of.
         catalogue = [(info, part) for info in map(adapter.info, adapter.parameters()) for part in info.parts]
         self._matrices = tvr.selected(catalogue) if tvr is not None else []
         adapter.on_norm(self.norm_known)
         adapter.after_update(self.weights_updated)
 
+    @contextmanager
+    def rehearsal(self) -> Iterator[list[float]]:
+        """Steps taken inside change nothing: no update, nothing learnt, no record. Yields the norms they form."""
+        self._rehearsed = []
+        try:
+            yield self._rehearsed
+        finally:
+            self._rehearsed = None
+
     def norm_known(self, norm: float) -> None:
         """The seam where the decision is made: called once a step on every rank, before anything is scaled."""
+        if self._rehearsed is not None:
+            self._rehearsed.append(norm)
+            self.adapter.skip()
+            return
         self.norm, self.decision, self.rescaled = norm, self._decide(norm), []
         self._has_looked = False
         if self.decision.action == "skip":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Action = Literal["apply", "clip", "skip"]
@@ -49,8 +50,12 @@ class Event:
 
     step: int
     kind: str
+    """``clip``, ``skip``, ``rescale``, ``loss_spike``, ``replay``, ``rewind``, ``warning``, ``settings``, ``resume`` or ``save``."""
     reason: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers and names beside the reason, such as ``norm``, ``z``, ``threshold``, ``top`` and ``samples``."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values on one level; what JSON cannot say (inf, nan) as null."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.facts.items()}
+        return {"step": self.step, "kind": self.kind, "reason": self.reason, **plain}
