@@ -1,8 +1,9 @@
-"""What a run folder's log files hold, as columns for a picture or a summary."""
+"""What a run folder's files hold, as columns for a picture, a page or a summary."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,22 @@ class History:
         """Steps at which ``action`` (``clip``, ``skip``) was taken."""
         return [int(record["step"]) for record in self.steps if record.get("action") == action]
 
+    def events_of(self, kind: str) -> list[dict[str, Any]]:
+        """Events of one kind."""
+        return [event for event in self.events if event.get("kind") == kind]
+
     def summary(self) -> str:
         """One line: how far, how good, how fast, and what went wrong."""
-        last, tokens = self.steps[-1], sum(r.get("tokens") or 0 for r in self.steps)
-        losses = [value for value in self.column("loss") if value == value]
-        seconds = sum(r.get("seconds") or 0.0 for r in self.steps)
-        parts = [f"{self.name}: {last['step']} steps", f"{tokens / 1e6:.2f} M tokens"]
+        tokens, seconds = (sum(filter(math.isfinite, self.column(key))) for key in ("tokens", "seconds"))
+        losses = list(filter(math.isfinite, self.column("loss")))
+        parts = [f"{self.name}: {self.steps[-1]['step']} steps", f"{tokens / 1e6:.2f} M tokens"]
         parts += [f"loss {losses[0]:.3f} -> {losses[-1]:.3f} (lowest {min(losses):.3f})"] if losses else ["no finite loss"]
         _, valid = self.evaluated("valid_loss")
         parts += [f"valid {valid[-1]:.3f}"] if valid else []
         parts += [f"{tokens / seconds / 1e3:.1f}k tokens/s"] if seconds else []
+        spikes, rewinds = (len({event["step"] for event in self.events_of(kind)}) for kind in ("loss_spike", "rewind"))
         counted = {"clipped": len(self.steps_where("clip")), "skipped": len(self.steps_where("skip"))}
+        counted |= {"loss spike" if spikes == 1 else "loss spikes": spikes, "rewind" if rewinds == 1 else "rewinds": rewinds}
         return ", ".join(parts + [f"{count} {what}" for what, count in counted.items() if count])
 
 
@@ -50,7 +56,7 @@ def read_history(run_folder: str | Path) -> History:
     """Read ``metrics.jsonl`` and ``events.jsonl``.
 
     Raises:
-        UserError: nothing has been logged there.
+        UserError: nothing has been logged there, or it cannot be read.
     """
     folder = Path(run_folder)
     lines = _lines(folder / "metrics.jsonl")
@@ -61,10 +67,28 @@ def read_history(run_folder: str | Path) -> History:
     return History(folder.resolve().name, steps, evaluations, _lines(folder / "events.jsonl"))
 
 
+def read_run_config(run_folder: str | Path) -> dict[str, Any]:
+    """``config.json`` of a run folder; empty where there is none, or none that can be understood."""
+    path = Path(run_folder) / "config.json"
+    try:
+        value = json.loads(_text(path) or "null")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def number(value: Any) -> float:
+    """A logged value as a float; NaN where it is missing, or no number."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # an integer beyond every float
+        return math.nan
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Objects with a step, one a line; a line cut off by a crash, or not yet whole, is left out."""
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in _text(path).splitlines():
         try:
             value = json.loads(line)
         except ValueError:
@@ -74,5 +98,13 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _text(path: Path) -> str:
+    """What a file says; nothing when there is no such file. A byte that is no text spoils its own line only."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _column(records: list[dict[str, Any]], key: str) -> list[float]:
-    return [float("nan") if record.get(key) is None else float(record[key]) for record in records]
+    return [number(record.get(key)) for record in records]
