@@ -15,6 +15,7 @@ NAMES = {
     "start": "import, help, dry run, launch to the first step",
     "data": "preparing data; fetching it in a step",
     "wrappers": "ZeRO 1, 2 and 3 over a bare loop",
+    "stability": "what ZClip and TVR themselves cost",
 }
 
 

@@ -187,6 +187,8 @@ class TVRConfig(Section):
     """Rescale where std / target exceeds it."""
     interval_steps: PositiveInt = 50
     """Applied steps between looks."""
+    interval_tokens: PositiveInt | None = None
+    """Instead of ``interval_steps``, in tokens, rounded up to steps (trainer only: it knows the tokens of a step)."""
     depth_scaled: bool = False
     """Target divided by sqrt(l) in block l from 1."""
     zero_bias: bool = False
@@ -197,6 +199,16 @@ class TVRConfig(Section):
     """Other targets by role."""
     exclude: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = Field(default=[])
     """Roles left alone."""
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> TVRConfig:
+        default = type(self).model_fields["interval_steps"].default
+        if self.interval_tokens is not None and self.interval_steps != default:
+            raise ValueError(
+                f"interval_steps = {self.interval_steps} and interval_tokens = {self.interval_tokens} are both given: leave "
+                f"interval_steps at {default}, or set interval_tokens to null"
+            )
+        return self
 
 
 class StabilityConfig(Section):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from megastab.wrappers.adapter import Fragment
 
 RESCALED_ROLES: frozenset[Role] = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
 BLOCK = 1 << 12  # fp32 sums of this many elements, added in fp64: as exact as fp64 throughout, at fp32's speed
+FAR = 2.0  # std / target from which a first look that rescales every matrix is warned of
+
+Matrices = Sequence[tuple[ParamInfo, Part]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,15 @@ class RescaleEvent:
         return self.target / self.std
 
 
+class Seen(NamedTuple):
+    """One matrix as a look finds it."""
+
+    name: str
+    mean: float
+    std: float
+    target: float
+
+
 @dataclass
 class TVR:
     """When to look, and what each matrix's standard deviation may be.
@@ -57,6 +69,11 @@ class TVR:
         two_sided: also inflate a matrix below target / ratio_threshold.
         targets: other targets by role.
         exclude: roles left alone, e.g. ("q", "k") beside QK-clip.
+        interval_tokens: instead of ``interval_steps``, in tokens, rounded up to steps.
+        tokens_per_step: of one optimizer step over all ranks; ``interval_tokens`` needs it.
+
+    Raises:
+        ValueError: a setting that makes no sense; the message names it and the way out.
     """
 
     target_std: float = 0.01
@@ -67,15 +84,39 @@ class TVR:
     two_sided: bool = False
     targets: Mapping[str, float] = field(default_factory=dict)
     exclude: Sequence[str] = ()
+    interval_tokens: int | None = None
+    tokens_per_step: int | None = None
     applied_steps: int = 0
     """Steps seen so far; the phase."""
+    stds: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    """Standard deviation of every matrix of this pipeline stage as the last look found it, before it rescaled any."""
 
     def __post_init__(self) -> None:
-        for name in ("target_std", "ratio_threshold", "interval_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"TVR {name} = {getattr(self, name)} must be positive")
+        for name in ("target_std", "ratio_threshold", "interval_steps", "interval_tokens", "tokens_per_step"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"TVR {name} = {value} must be positive")
         if self.ratio_threshold < 1:
             raise ValueError(f"TVR ratio_threshold = {self.ratio_threshold} must be at least 1: below it every matrix fires every time")
+        if self.interval_tokens is None:
+            return
+        if self.interval_steps != type(self).interval_steps:
+            raise ValueError(
+                f"TVR interval_steps = {self.interval_steps} and interval_tokens = {self.interval_tokens} are both given: "
+                f"keep one (interval_steps = {type(self).interval_steps} is its default, interval_tokens is off at None)"
+            )
+        if self.tokens_per_step is None:
+            raise ValueError(
+                f"TVR interval_tokens = {self.interval_tokens} needs tokens_per_step, which only a loop that knows its data can tell: "
+                f"give interval_steps instead"
+            )
+
+    @property
+    def interval(self) -> int:
+        """Applied steps between looks."""
+        if self.interval_tokens is None or self.tokens_per_step is None:
+            return self.interval_steps
+        return -(-self.interval_tokens // self.tokens_per_step)
 
     def target(self, role: str, layer: int | None) -> float:
         """The standard deviation a matrix may have."""
@@ -90,22 +131,23 @@ class TVR:
     def advance(self) -> bool:
         """Count one applied step; whether it is time to look."""
         self.applied_steps += 1
-        return self.applied_steps % self.interval_steps == 0
+        return self.applied_steps % self.interval == 0
 
     def rescale_(self, named_matrices: Mapping[str, Tensor]) -> list[RescaleEvent]:
         """Rescale plain tensors in place, all to ``target_std`` (one process, no roles)."""
-        events = []
+        events, self.stds = [], {}
         for name, matrix in named_matrices.items():
             flat = matrix.detach().view(-1)
-            mean, std = _mean_and_std(*_sums(flat), flat.numel())
+            total, squares = _sums([flat])[0].tolist()
+            mean, std = _mean_and_std(total, squares, flat.numel())
+            self.stds[name] = std
             if self.fires(std, self.target_std):
                 events.append(RescaleEvent(name, std, self.target_std, mean))
                 _shrink_(flat, events[-1])
         return events
 
-    def rescale_fragments_(
-        self, held: Sequence[Fragment], matrices: Sequence[tuple[ParamInfo, Part]], group: Group, counts: bool
-    ) -> list[RescaleEvent]:
+    @torch.no_grad()  # BF16_Optimizer's masters ask for gradients
+    def rescale_fragments_(self, held: Sequence[Fragment], matrices: Matrices, group: Group, counts: bool) -> list[RescaleEvent]:
         """Rescale the masters this rank holds, from statistics over ``group``: one all-reduce whatever the number of matrices.
 
         Args:
@@ -114,26 +156,54 @@ class TVR:
             group: the ranks that hold pieces of the stage (tp x dp).
             counts: False where another data-parallel rank holds the very same pieces and contributes them.
         """
-        sums = torch.zeros(len(matrices), 2, dtype=torch.float64)
-        place = {part.name: i for i, (_, part) in enumerate(matrices)}
-        for fragment in held:
-            if counts and fragment.info.is_first_copy and fragment.part.name in place:
-                sums[place[fragment.part.name]] += torch.stack(_sums(fragment.master)).cpu()
-        collectives.sum_doubles_(sums, group)  # over (tp x dp): each row of each matrix was added once
-        events = {}
-        for (info, part), (total, squares) in zip(matrices, sums.tolist(), strict=True):
-            mean, std = _mean_and_std(total, squares, part.global_rows * (info.width or 1))
-            target = self.target(part.role, info.layer)
-            if self.fires(std, target):
-                events[part.name] = RescaleEvent(part.name, std, target, mean)
+        found = self._look(held, matrices, group, counts)
+        events = {m.name: RescaleEvent(m.name, m.std, m.target, m.mean) for m in found if self.fires(m.std, m.target)}
         for fragment in held:
             self._edit_(fragment, events)
         return list(events.values())
+
+    def start_warning(self, held: Sequence[Fragment], matrices: Matrices, group: Group, counts: bool, pp_group: Group = None) -> str | None:
+        """What to say at the start of a new run where the first look would change every matrix of the model by more than ``FAR``.
+
+        Some matrices far above the target are what LIR with a target is meant to give; all of them are a target (or an initial std)
+        nobody meant. Collective over the job: one all-reduce over ``group``, and the findings of the stages over ``pp_group``.
+
+        Args:
+            held: as for :meth:`rescale_fragments_`, as the other three.
+            matrices: of the stage.
+            group: of the stage.
+            counts: whether this rank contributes.
+            pp_group: the pipeline stages of this rank's place; None where there is one.
+        """
+        stages = collectives.gather_objects_in(self._look(held, matrices, group, counts), pp_group)  # over pp: the model's matrices
+        found = [matrix for stage in stages for matrix in stage]
+        if not found or not all(self.fires(m.std, m.target) and not 1 / FAR <= m.std / m.target <= FAR for m in found):
+            return None
+        listed = ", ".join(f"{m.name}: {m.std:.3g} / {m.target:.3g}" for m in found)
+        return (
+            f"TVR's first look, after {self.interval} steps, is to change every matrix by more than {FAR:g}x, and the function of the "
+            f"model with them (std / target): {listed}. Take a target_std nearer to the initial std, or draw smaller weights"
+        )
 
     def selected(self, catalogue: Iterable[tuple[ParamInfo, Part]]) -> list[tuple[ParamInfo, Part]]:
         """The matrices TVR looks at, each once."""
         wanted = {part.name: (info, part) for info, part in catalogue if part.role in RESCALED_ROLES and part.role not in self.exclude}
         return list(wanted.values())
+
+    @torch.no_grad()
+    def _look(self, held: Sequence[Fragment], matrices: Matrices, group: Group, counts: bool) -> list[Seen]:
+        """The statistics of ``matrices`` from one all-reduce; arguments as for :meth:`rescale_fragments_`."""
+        sums = torch.zeros(len(matrices), 2, dtype=torch.float64)
+        place = {part.name: i for i, (_, part) in enumerate(matrices)}
+        mine = [f for f in held if f.info.is_first_copy and f.part.name in place] if counts else []
+        sums.index_add_(0, torch.tensor([place[f.part.name] for f in mine], dtype=torch.long), _sums([f.master for f in mine]))
+        collectives.sum_doubles_(sums, group)  # over (tp x dp): each row of each matrix was added once
+        found = []
+        for (info, part), (total, squares) in zip(matrices, sums.tolist(), strict=True):
+            mean, std = _mean_and_std(total, squares, part.global_rows * (info.width or 1))
+            found.append(Seen(part.name, mean, std, self.target(part.role, info.layer)))
+        self.stds = {matrix.name: matrix.std for matrix in found}
+        return found
 
     def _edit_(self, fragment: Fragment, events: Mapping[str, RescaleEvent]) -> None:
         name = fragment.part.name
@@ -151,20 +221,45 @@ class TVR:
         self.applied_steps = int(state["applied_steps"])
 
 
-def _sums(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum, sum of squares) in fp64, from fp32 sums of blocks."""
-    whole = flat.numel() // BLOCK * BLOCK
-    blocks, tail = flat[:whole].view(-1, BLOCK), flat[whole:].double()
-    total = blocks.sum(1).double().sum() + tail.sum()
-    squares = torch.linalg.vector_norm(blocks, dim=1).double().square().sum() + tail.square().sum()
-    return total, squares
+def _sums(pieces: Sequence[Tensor]) -> Tensor:
+    """(sum, sum of squares) of 1-D tensors: [len(pieces), 2] in fp64 on the CPU.
+
+    Pieces lie on one device, or on two where a part of the optimizer is offloaded; each device is waited for once.
+    """
+    out = torch.zeros(len(pieces), 2, dtype=torch.float64)
+    for device in {piece.device: None for piece in pieces}:
+        here = [i for i, piece in enumerate(pieces) if piece.device == device]
+        out[here] = _sums_on_device([pieces[i] for i in here]).cpu()
+    return out
 
 
-def _mean_and_std(total: Tensor | float, squares: Tensor | float, count: int) -> tuple[float, float]:
+def _sums_on_device(pieces: Sequence[Tensor]) -> Tensor:
+    """[len(pieces), 2], fp64: blocks in fp32, in one table for all pieces, then sums of blocks."""
+    lengths = [-(-piece.numel() // BLOCK) for piece in pieces]
+    table = torch.empty(2, sum(lengths), dtype=torch.promote_types(pieces[0].dtype, torch.float32), device=pieces[0].device)
+    for piece, columns in zip(pieces, table.split(lengths, dim=1), strict=True):
+        whole = piece.numel() // BLOCK
+        if whole:
+            _sums_of_rows(piece[: whole * BLOCK].view(whole, BLOCK), columns[:, :whole])
+        if whole < columns.shape[1]:
+            _sums_of_rows(piece[whole * BLOCK :].view(1, -1), columns[:, whole:])
+    doubles = table.double()
+    doubles[1].square_()
+    return torch.stack([columns.sum(1) for columns in doubles.split(lengths, dim=1)])
+
+
+def _sums_of_rows(rows: Tensor, out: Tensor) -> None:
+    """The sum and the norm of each row, into ``out`` [2, rows]."""
+    torch.sum(rows, 1, dtype=out.dtype, out=out[0])
+    torch.linalg.vector_norm(rows, dim=1, dtype=out.dtype, out=out[1])
+
+
+def _mean_and_std(total: float, squares: float, count: int) -> tuple[float, float]:
     """Mean and unbiased standard deviation; single-pass is safe in fp64 because weights have means near 0."""
-    mean = float(total) / count
-    return mean, math.sqrt(max(0.0, float(squares) - count * mean * mean) / max(1, count - 1))
+    mean = total / count
+    return mean, math.sqrt(max(squares - count * mean * mean, 0.0) / max(1, count - 1))  # NaN stays NaN in this order
 
 
 def _shrink_(flat: Tensor, event: RescaleEvent) -> None:
-    flat.mul_(event.factor).add_(event.mean * (1 - event.factor))
+    shift = flat.new_full((), event.mean * (1 - event.factor))
+    torch.add(shift, flat, alpha=event.factor, out=flat)  # one pass, one rounding

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Contestant = Literal["ours", "bare", "both", "hugging_face"]
+Contestant = Literal["ours", "bare", "both", "hugging_face", "stability"]
 Precision = Literal["bf16", "fp32"]
 
 BATCH, SEQ = 8, 256
@@ -24,7 +24,8 @@ class Spec:
     """One contestant: who, which model, and how it is run."""
 
     who: Contestant
-    """``both`` holds ours and bare in one process, started from the same weights; a step is one of each."""
+    """``both`` holds ours and bare in one process, started from the same weights; a step is one of each.
+    ``stability`` takes the parts of that figure in turn."""
     size: str = "A"
     precision: Precision = "bf16"
     is_compiled: bool = False

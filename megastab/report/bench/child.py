@@ -72,10 +72,12 @@ def main(text: str) -> None:
     from megastab.engine.launch import start_job
     from megastab.parallel import collectives
     from megastab.report.bench.contestants import Contestants
+    from megastab.report.bench.stability_contestants import StabilityContestants
 
     start_job()
     memory = MemoryGrowth()
-    turns.serve(Contestants(spec).step, memory)
+    step = StabilityContestants(spec).step if spec.who == "stability" else Contestants(spec).step
+    turns.serve(step, memory)
     collectives.leave()
 
 

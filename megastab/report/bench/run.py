@@ -14,6 +14,7 @@ from megastab.report.bench.jobs import Failed
 from megastab.report.bench.machine import facts
 from megastab.report.bench.rows import Row, table
 from megastab.report.bench.speed import single, tp2, trainer, wrappers
+from megastab.report.bench.stability import stability
 from megastab.report.bench.start import start
 
 FIGURES: dict[str, Callable[[Options], Iterator[Row]]] = {
@@ -23,6 +24,7 @@ FIGURES: dict[str, Callable[[Options], Iterator[Row]]] = {
     "start": start,
     "data": data,
     "wrappers": wrappers,
+    "stability": stability,
 }
 
 
