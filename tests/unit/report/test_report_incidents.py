@@ -54,6 +54,12 @@ def test_an_event_whose_record_was_cut_off_is_told_from_its_facts(run: RunMaker)
     assert incident.losses == (None, 2.5, None) and math.isnan(incident.rise)
 
 
+def test_a_run_has_nothing_before_its_first_step_or_after_its_last(run: RunMaker) -> None:
+    by_step = found(run({step: {"action": "skip"} for step in (1, 2, 40)}))
+    assert by_step[1].losses == (None, 8.0, 4.0) and by_step[2].losses == (8.0, 4.0, 8 / 3)
+    assert by_step[40].losses == (8 / 39, 0.2, None)
+
+
 def test_a_replay_belongs_to_its_step_and_alone_is_none(run: RunMaker) -> None:
     events = (Event(5, "skip", "not finite"), Event(5, "replay", "layers.1.q on rank 0"), Event(6, "replay", "nothing"))
     by_step = found(run({5: {"action": "skip", "grad_norm": math.inf}}, events=events))
@@ -68,7 +74,7 @@ def test_the_worst_comes_first(run: RunMaker) -> None:
     changes = flat | {
         10: clip(3.0),
         14: clip(9.0),
-        18: {"action": "skip", "grad_norm": 40.0, "loss": 2.0},
+        18: {"action": "skip", "loss": 2.0},
         22: {"action": "skip", "grad_norm": math.inf, "loss": 2.0, "reason": "overflow: the fp16 loss scale falls"},
         26: {"loss": math.nan},
         30: {"loss": 2.7},
@@ -138,11 +144,12 @@ def test_facts_that_are_no_facts_are_left_out(run: RunMaker) -> None:
 
 
 def test_rescales_are_summed_by_matrix(run: RunMaker) -> None:
-    facts = [("layers.0.up", 0.0125), ("layers.1.q", 0.0102), ("layers.0.up", 0.02)]
+    facts = [("layers.0.up", 0.0125), ("layers.1.q", 0.0102), ("layers.0.up", 0.02), ("head", 0.1)]
     new = tuple(Event(10 * i, "rescale", "x", {"name": n, "std": s, "target": 0.01}) for i, (n, s) in enumerate(facts, start=1))
     old = (Event(40, "rescale", "layers.1.q: std 0.0105 over its target 0.01, mean 1.2e-05"), Event(40, "rescale", "no more is known"))
-    first, second, third = rescaled_matrices(read_history(run(events=new + old)))
+    first, second, third, last = rescaled_matrices(read_history(run(events=new + old)))
     assert (first.name, first.times, first.first_step, first.last_step) == ("layers.0.up", 2, 10, 30)
     assert first.smallest_factor == pytest.approx(0.5)
     assert (second.name, second.times) == ("layers.1.q", 2) and second.smallest_factor == pytest.approx(0.01 / 0.0105)
-    assert third.name == "?" and math.isnan(third.smallest_factor)
+    assert (third.name, third.times) == ("head", 1)  # harder than the others, and only once
+    assert last.name == "?" and math.isnan(last.smallest_factor)
