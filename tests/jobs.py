@@ -60,7 +60,9 @@ def start(config: dict[str, Any]) -> Job:
         dp_size=grid.dp.size,
         document_mask=loaded.megastab.data.document_mask,
     )
-    return Job(loaded, grid, built, Stepper(built.engine, loaded, grid), batches)
+    stepper = Stepper(built.engine, loaded, grid)
+    built.controller.read_loss = stepper.loss_at_norm
+    return Job(loaded, grid, built, stepper, batches)
 
 
 def piece(fragment: Any, values: Tensor) -> Piece:

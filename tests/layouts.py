@@ -38,6 +38,7 @@ class Layout:
     accumulation: int = 1
     recompute: str = "none"
     offload: bool = False
+    compile: bool = False
 
     @property
     def dp(self) -> int:
@@ -47,6 +48,7 @@ class Layout:
         words = [f"tp{self.tp}" if self.tp > 1 else "", f"pp{self.pp}" if self.pp > 1 else "", "sp" if self.sp else ""]
         words += [f"dp{self.dp}" if self.dp > 1 else "", f"zero{self.zero}" if self.zero else "", "offload" if self.offload else ""]
         words += [f"accumulate{self.accumulation}" if self.accumulation > 1 else "", self.recompute if self.recompute != "none" else ""]
+        words += ["compiled" if self.compile else ""]
         return "-".join(word for word in words if word) or "single"
 
 
@@ -68,7 +70,7 @@ def config_of(layout: Layout, optimizer: str = "AdamW", dtype: str = "fp32", **c
             "model": copy.deepcopy(LLAMA),
             "parallel": {"tensor": layout.tp, "pipeline": layout.pp, "sequence": layout.sp, "recompute": layout.recompute},
             "schedule": {"kind": "cosine", "warmup_steps": 2},
-            "run": {"total_steps": STEPS, "resume": "none"},
+            "run": {"total_steps": STEPS, "resume": "none", "compile": layout.compile},
         },
     }
     if dtype != "fp32":

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megastab.checkpoint.manifest import Manifest
+from megastab.checkpoint.manifest import FILE, Manifest
 from megastab.checkpoint.weights import FOLDER, save_weights
 from megastab.config.errors import UserError
 from megastab.parallel import collectives
@@ -76,6 +76,12 @@ def _newest(folder: Path) -> Path | None:
             raise UserError(f"{folder / LATEST} names {tag}, which is not there: set megastab.run.resume to another checkpoint, or none")
         return folder / tag
     return folder if folder.is_dir() and folder.name.startswith("step") else None
+
+
+def newest_before(folder: Path, step: int) -> Path | None:
+    """The newest whole checkpoint made before ``step``; None where there is none."""
+    whole = (path for path in sorted(folder.glob("step????????"), reverse=True) if (path / FILE).exists())  # the manifest comes last
+    return next((path for path in whole if path.name < tag_of(step)), None)
 
 
 def load(engine: Any, where: Path) -> Manifest:

@@ -134,7 +134,7 @@ TRAPS: tuple[Trap, ...] = (
         "a cap below the usual norm would leave nothing to do",
         "always",
         _always,
-        lambda deepspeed, megastab: 1.0 if megastab.stability.zclip is None else 0.0,
+        lambda deepspeed, megastab: 1.0 if megastab.stability.clipping is None else 0.0,
     ),
     Trap(
         "zero_allow_untested_optimizer",

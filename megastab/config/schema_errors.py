@@ -52,6 +52,8 @@ def _sentence(part: Any) -> str:
         return f"{path} is not a known key.{_nearest_key(part['loc'])}"
     if kind == "missing":
         return f"{path} is missing: {known_paths().get(path, '')}"
+    if kind == "value_error":  # a rule between keys of one section, whose sentence names them
+        return f"{path}: {part['ctx']['error']}."
     if kind == "literal_error":
         return f"{path} = {_shown(value)} must be {part['ctx']['expected']}."
     return f"{path} = {_shown(value)} is wrong: {part['msg'][:1].lower()}{part['msg'][1:]}."

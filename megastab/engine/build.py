@@ -100,4 +100,5 @@ def build(config: Config, grid: Grid) -> Built:
     complete_gradients(adapter)
     if block.run.compile:
         compile_blocks(engine.module, is_partitioned=config.zero_stage == 3)
-    return Built(engine, adapter, build_controller(adapter, grid, block.stability, config.global_batch), groups)
+    controller = build_controller(adapter, grid, block.stability, config.global_batch, config.tokens_per_step)
+    return Built(engine, adapter, controller, groups)

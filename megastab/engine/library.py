@@ -72,7 +72,16 @@ class LibraryController(Controller):
         self.step_done()
         began, self._lr, self._ended = self._ended, None, time.perf_counter()
         step = int(self.adapter.engine.global_steps)  # DeepSpeed counts attempted steps, and saves the count
+        self._tell(step)
         self.last = self.record(step=step, loss=math.nan, lr=lr, tokens=0, seconds=self._ended - began)
+
+    def _tell(self, step: int) -> None:
+        """The loop keeps its loss, so the policy counts steps that are not finite; what it wants done is the loop's to do."""
+        verdict = self.judge(step, None)
+        if collectives.world()[0] == 0:
+            for said in (self.warning, verdict.rewind and f"{verdict.rewind}: go back to a checkpoint before it"):
+                if said:
+                    log.warning("step %d: %s", step, said)
 
 
 def initialize(
@@ -140,7 +149,7 @@ def attach(engine: Any, config: str | Path | dict[str, Any] | None = None) -> Co
     in_force, _ = read_source(getattr(engine, "config", None) or {})
     stability = load_stability(in_force if config is None else config, in_force, must_have=config is not None)
     # Left out, gradient_clipping is 1.0 to DeepSpeed: a cap nobody asked for would leave ZClip nothing to do.
-    is_uncapped = stability.zclip is not None and in_force.get("gradient_clipping") is None
+    is_uncapped = stability.clipping is not None and in_force.get("gradient_clipping") is None
     return _install(engine, stability, is_uncapped)
 
 

@@ -20,6 +20,7 @@ from megastab.data.batches import MicroBatch
 from megastab.model.stages import Payload, Sides
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
+from megastab.wrappers.pipeline import running_loss
 
 
 class Stepper:
@@ -27,6 +28,8 @@ class Stepper:
 
     def __init__(self, engine: Any, config: Config, grid: Grid):
         self.engine, self.grid = engine, grid
+        self._losses: list[Tensor] = []  # of the step's micro-batches on this rank, while it runs
+        self._share, self._loss = 1, math.nan
         self.has_documents = config.megastab.data.document_mask
         self.has_dropout = config.megastab.model.dropout > 0.0
         self.sides = Sides(config.megastab, grid.tp)
@@ -42,15 +45,27 @@ class Stepper:
         if self.grid.pp.size > 1:
             self.engine.reset_activation_shape()  # evaluation may have sent another shape
             return float(self.engine.train_batch(self._pipeline_input(batches, scale)))
-        losses = [self._micro_step(batch, scale) for batch in batches]
-        mine = float(torch.stack(losses).double().sum())
-        return collectives.sum_scalars([mine], self.grid.dp.group)[0] / share
+        self._losses, self._share = [], share
+        for batch in batches:
+            loss = self.engine(*self._arguments(batch, scale))
+            self._losses.append(loss.detach())
+            self.engine.backward(loss)
+            if len(self._losses) == len(batches):
+                self._loss = self._mean_loss()  # before the update, which a rule may make depend on it
+            self.engine.step()
+        return self._loss
 
-    def _micro_step(self, batch: MicroBatch, scale: float) -> Tensor:
-        loss = self.engine(*self._arguments(batch, scale))
-        self.engine.backward(loss)
-        self.engine.step()
-        return loss.detach()
+    def _mean_loss(self) -> float:
+        mine = float(torch.stack(self._losses).double().sum())
+        return collectives.sum_scalars([mine], self.grid.dp.group)[0] / self._share
+
+    def loss_at_norm(self) -> float:
+        """The step's global loss from inside the norm seam (collective over the job where there are pipeline stages)."""
+        if self.grid.pp.size == 1:
+            return self._loss
+        is_mine = self.grid.pp.rank == self.grid.pp.size - 1 and self.grid.tp.rank == 0
+        mine = running_loss(self.engine) if is_mine else 0.0
+        return collectives.sum_scalars([mine], collectives.job_group())[0] / self.grid.dp.size
 
     def _arguments(self, batch: MicroBatch, scale: float = 1.0) -> tuple[Tensor | None, ...]:
         samples = batch.sample_ids.to(self.device) if self.has_dropout else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ from megastab.checkpoint.manifest import Manifest
 from megastab.config.config import Config
 from megastab.data.training import TrainingData
 from megastab.engine.build import Built, build
+from megastab.engine.replay import replay
 from megastab.engine.train_step import Stepper
 from megastab.model.counts import flops_per_token, num_parameters
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
+from megastab.stability.events import events_of_step
+from megastab.stability.policy import Verdict
 from megastab.stability.record import Event, StepRecord
-from megastab.telemetry.sinks import RunFolder, console_line, to_monitor
-from megastab.telemetry.tags import TAGS
+from megastab.telemetry.sinks import RunFolder, by_matrix_to_monitor, console_line, to_monitor
+from megastab.telemetry.tags import TAGS, WEIGHT_STD
 from megastab.telemetry.throughput import peak_memory_gb, rates
 
 CHECKPOINTS = "checkpoints"  # in the run folder
+SAID = ("warning", "skip", "loss_spike", "replay", "rewind")  # events that also reach the console
 
 
 class Trainer:
@@ -39,6 +44,7 @@ class Trainer:
         self.built: Built = build(config, grid)
         self.engine: Any = self.built.engine
         self.stepper = Stepper(self.engine, config, grid)
+        self.built.controller.read_loss = self.stepper.loss_at_norm
         self.flops = flops_per_token(config.megastab.model)
         self.last: StepRecord | None = None
 
@@ -78,6 +84,8 @@ class Trainer:
     def train(self) -> None:
         """Run to the last step; the final weights are evaluated and saved."""
         run, total = self.config.megastab.run, self.config.total_steps
+        if self.step == 0 and (said := self.built.controller.start_warning()):
+            self._tell([Event(0, "warning", said)])
         while self.step < total:
             record, extra = self.take_step()
             is_last = self.step == total
@@ -95,33 +103,50 @@ class Trainer:
         fetched = time.perf_counter()
         lr = float(self.engine.optimizer.param_groups[0]["lr"])
         loss = self.stepper.train(batches)
-        self.built.controller.step_done()
+        controller = self.built.controller
+        controller.step_done()
         seconds = time.perf_counter() - began
         self.step += 1
         tokens = self.config.tokens_per_step
-        record = self.built.controller.record(step=self.step, loss=loss, lr=lr, tokens=tokens, seconds=seconds)
+        record = controller.record(step=self.step, loss=loss, lr=lr, tokens=tokens, seconds=seconds)
+        verdict = controller.judge(self.step, loss)
         extra = rates(record.tokens, seconds, self.flops, self.config.layout.world)
-        extra |= {"data_seconds": fetched - began, "memory_gb": peak_memory_gb()}
+        extra |= {"data_seconds": fetched - began, "memory_gb": peak_memory_gb(), **controller.scalars()}
         self._publish(record, extra)
+        last = self.data.train.consumed
+        self._tell(events_of_step(controller, record, verdict, (last - self.config.global_batch, last - 1)))
+        if controller.policy.wants_replay:
+            found = replay(self.engine, self.stepper, controller, batches)
+            self._tell([Event(self.step, "replay", found.describe(), found.facts())])
+        if verdict.rewind:
+            self._tell([self._rewind(verdict)])
         return record, extra
+
+    def _rewind(self, verdict: Verdict) -> Event:
+        """The hook for going back: as long as nothing does it, say where to and which samples to leave out."""
+        assert verdict.first_bad_step is not None
+        batch, last = self.config.global_batch, self.data.train.consumed
+        samples = [last - (self.step - verdict.first_bad_step + 1) * batch, last - 1]
+        good = store.newest_before(self.folder.path / CHECKPOINTS, verdict.first_bad_step)
+        where = f"resume from {good}" if good else "there is no checkpoint before them"
+        return Event(
+            self.step, "rewind", f"{verdict.rewind}: {where}, and leave out samples {samples[0]} to {samples[1]}", {"samples": samples}
+        )
 
     def _publish(self, record: StepRecord, extra: dict[str, float]) -> None:
         self.last = record
         self.folder.step(record, extra)
-        if record.action == "skip" or record.reason:
-            self.folder.event(Event(record.step, record.action, self._why(record)))
-        for event in self.built.controller.rescaled:
-            why = f"{event.name}: std {event.std:.6g} over its target {event.target:.6g}, mean {event.mean:.3g}"
-            self.folder.event(Event(record.step, "rescale", why))
         if self.folder.is_writer:
             scalars = {key: value for key, value in record.to_json().items() if key in TAGS and value is not None}
             to_monitor(self.engine.monitor, record.step, {**scalars, **extra})
+            by_matrix_to_monitor(self.engine.monitor, record.step, WEIGHT_STD, self.built.controller.weight_stds)
 
-    def _why(self, record: StepRecord) -> str:
-        """The reason of a decision with what a person would look up next: the norm, its score, the samples of the batch."""
-        last = self.data.train.consumed
-        score = f", z {record.z:.2f}" if record.z is not None else ""
-        return f"{record.reason}; norm {record.grad_norm:.6g}{score}, samples {last - self.config.global_batch} to {last - 1}"
+    def _tell(self, events: Sequence[Event]) -> None:
+        """Into events.jsonl, and what a person at the console should not miss there as well."""
+        for event in events:
+            self.folder.event(event)
+            if event.kind in SAID:
+                self.folder.say(f"step {event.step}: {event.kind}: {event.reason}")
 
     def evaluate(self) -> float | None:
         """Validation loss, printed and logged; None without validation data."""

@@ -44,6 +44,11 @@ def rank_in(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def job_group() -> Group:
+    """All ranks of the job; None where there is one."""
+    return dist.group.WORLD if world()[1] > 1 else None
+
+
 def new_groups(ranks_by_group: Sequence[Sequence[int]]) -> Group:
     """Make disjoint groups (collective over the whole job); return this rank's, or None if it would be alone in it."""
     if max(len(ranks) for ranks in ranks_by_group) == 1:

@@ -43,7 +43,7 @@ class AutoClip(RuleWithState):
             del self._sorted[bisect_left(self._sorted, self.history[0])]
         self.history.append(norm)
         insort(self._sorted, norm)
-        return _clipped_to(percentile(self._sorted, self.percentile), norm, f"above percentile {self.percentile:g}", self)
+        return _clipped_to(percentile(self._sorted, self.percentile), norm, self)
 
     def _take(self, state: dict[str, Any]) -> dict[str, str]:
         changes = super()._take(state)
@@ -87,7 +87,7 @@ class AdaGC(RuleWithState):
         self.nonfinite_in_a_row = 0
         is_warm = self.gamma is not None and self.num_seen >= self.warmup_steps
         threshold = self.lambda_rel * self.gamma if is_warm and self.gamma is not None else norm * (self.lambda_abs / whole)
-        decision = _clipped_to(threshold, norm, "above its average" if is_warm else f"global norm above {self.lambda_abs:g}", self)
+        decision = _clipped_to(threshold, norm, self)
         if decision.action != "skip":
             clipped = decision.scale * norm
             if self.gamma is None:
@@ -165,11 +165,11 @@ def standard_score(value: float, window: Sequence[float] | deque[float]) -> floa
     return (value - mean) / std
 
 
-def _clipped_to(threshold: float, norm: float, reason: str, rule: RuleWithState) -> ClipDecision:
-    """Scale by exactly threshold / norm above the threshold."""
+def _clipped_to(threshold: float, norm: float, rule: RuleWithState) -> ClipDecision:
+    """Scale by exactly threshold / norm above the threshold: everyday business here, which needs no reason."""
     if norm <= threshold:
         return ClipDecision(threshold, 1.0, None, "apply")
     scale = threshold / norm
     if scale < SMALLEST_SCALE:
         return rule.refuse(norm, threshold, f"no factor takes a norm of {norm:g} to {threshold:g}")
-    return ClipDecision(threshold, scale, None, "clip", reason)
+    return ClipDecision(threshold, scale, None, "clip")

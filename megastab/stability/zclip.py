@@ -145,7 +145,7 @@ class ZClip(RuleWithState):
             self._start(*(plain_sample if self.compat else robust_sample)(self.buffer))
             self.buffer.clear()
         if scale < 1.0:
-            return ClipDecision(threshold, scale, None, "clip", self._why(f"above the cap of {self._cap:g}"))
+            return ClipDecision(threshold, scale, None, "clip", self._why())
         return ClipDecision(threshold, 1.0, None, "apply", self._why())
 
     def _start(self, mean: float, var: float) -> None:
@@ -180,7 +180,7 @@ class ZClip(RuleWithState):
         if target is None:
             self.spikes_in_a_row = 0
             if scale < 1.0:
-                return ClipDecision(self._cap, scale, z, "clip", self._why(f"above the cap of {self._cap:g}"))
+                return ClipDecision(self._cap, scale, z, "clip", self._why() if self.note else "")
             return ClipDecision(min(edge, self._cap), 1.0, z, "apply", self._why() if self.note else "")
         self._count_spike(seen)
         return ClipDecision(limit, scale, z, "clip" if scale < 1.0 else "apply", self._why(f"z {z:.3g} is above {self.z_thresh:g}"))

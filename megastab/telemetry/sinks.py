@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megastab.stability.record import Event, StepRecord
-from megastab.telemetry.tags import TAGS
+from megastab.telemetry.tags import TAGS, Tag
 
 
 class RunFolder:
@@ -79,12 +79,18 @@ def to_monitor(monitor: Any, step: int, values: Mapping[str, float]) -> None:
         monitor.write_events([(TAGS[key].name, float(value), step) for key, value in values.items() if key in TAGS])
 
 
+def by_matrix_to_monitor(monitor: Any, step: int, tag: Tag, values: Mapping[str, float]) -> None:
+    """Send one scalar a matrix, by canonical name."""
+    if monitor.enabled:
+        monitor.write_events([(f"{tag.name}/{name}", float(value), step) for name, value in values.items()])
+
+
 def console_line(record: StepRecord, total_steps: int, extra: Mapping[str, float]) -> str:
     """``step 20/100  loss 5.1234  norm 1.234  lr 1.0e-03  12.3k tokens/s  ...``."""
     parts = [
         f"step {record.step:>{len(str(total_steps))}}/{total_steps}",
         f"loss {record.loss:.4f}",
-        f"norm {record.grad_norm:.3f}" + (f" {record.action}" if record.action == "skip" else ""),
+        f"norm {record.grad_norm:.3f}{_decision(record)}",
         f"lr {record.lr:.2e}",
         f"{extra['tokens_per_second'] / 1e3:.1f}k tokens/s",
         f"{extra['model_tflops']:.2f} TFLOP/s/rank",
@@ -93,3 +99,12 @@ def console_line(record: StepRecord, total_steps: int, extra: Mapping[str, float
         parts.append(f"MFU {100 * extra['mfu']:.1f} %")
     parts.append(f"{extra['memory_gb']:.2f} GB")
     return "  ".join(parts)
+
+
+def _decision(record: StepRecord) -> str:
+    """What was done to the norm, where that was something."""
+    if record.action == "skip":
+        return f" skipped ({record.reason})"
+    if record.action == "clip":
+        return f" clipped to {record.grad_norm * record.clip_scale:.3f}" + (f" (z {record.z:.1f})" if record.z is not None else "")
+    return ""

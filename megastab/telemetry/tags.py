@@ -44,6 +44,27 @@ TAGS: dict[str, Tag] = {
         "standard score of the norm against its recent history (ZClip)",
         "above z_thresh: a spike, clipped; the samples of the step are in events.jsonl",
     ),
+    "clip_mean": Tag(
+        "train/clip_mean",
+        "-",
+        "ZClip's running mean of the norm (clipped norms on spikes)",
+        "far from the norm: it follows a level of the past",
+    ),
+    "clip_std": Tag(
+        "train/clip_std", "-", "ZClip's running standard deviation of the norm", "a large share of the mean for long: few spikes are seen"
+    ),
+    "clip_rate": Tag(
+        "train/clip_rate",
+        "share",
+        "share of recent steps that were clipped or skipped (mean with memory 0.97)",
+        "near 1: the threshold is below the usual norm, and what looks like clipping is a lower learning rate",
+    ),
+    "loss_z": Tag(
+        "train/loss_z",
+        "-",
+        "robust standard score of the loss against the last 128 good ones",
+        "above policy.loss_spike: an outlier, counted as a bad step",
+    ),
     "rescaled": Tag(
         "train/rescaled",
         "matrices",
@@ -77,6 +98,15 @@ TAGS: dict[str, Tag] = {
     "valid_bits_per_byte": Tag("valid/bits_per_byte", "bits", "validation loss per byte of raw text: comparable over tokenizers", "-"),
 }
 
+# Scalars of which there is one for every matrix; the matrix's canonical name follows the tag.
+WEIGHT_STD = Tag(
+    "weight_std",
+    "-",
+    "standard deviation of a matrix at TVR's look, before rescaling",
+    "a rise that does not level off: too little weight decay for the learning rate, or no TVR",
+)
+BY_MATRIX: tuple[Tag, ...] = (WEIGHT_STD,)
+
 
 def to_markdown() -> str:
     """The table as a page."""
@@ -89,6 +119,7 @@ def to_markdown() -> str:
         "|---|---|---|---|",
     ]
     lines += [f"| `{tag.name}` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in TAGS.values()]
+    lines += [f"| `{tag.name}/<matrix>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in BY_MATRIX]
     return "\n".join(lines) + "\n"
 
 

@@ -44,16 +44,32 @@ class Fragment:
     """The same elements of the low-precision copy, 1-D; the master itself where there is no copy."""
 
 
-def split_parts(parameter: nn.Parameter, info: ParamInfo, first: int, master: Tensor, low: Tensor) -> Iterator[Fragment]:
-    """Cut elements [first, first + len) of a rank-local parameter into pieces of its logical matrices."""
+@dataclass(frozen=True)
+class GradientPiece:
+    """The piece of one logical matrix's reduced gradient that this rank will update with."""
+
+    parameter: nn.Parameter
+    info: ParamInfo
+    part: Part
+    values: Tensor
+    """1-D view, still multiplied by the fp16 loss scale; what is written to it reaches the update."""
+
+
+def cut_by_part(info: ParamInfo, first: int, length: int) -> Iterator[tuple[Part, int, slice]]:
+    """Elements [first, first + length) of a rank-local parameter by logical matrix: (part, first element in it, where in the range)."""
     offset = 0
     for part in info.parts:
         stop = offset + part.rows * (info.width or 1)
-        low_end, high_end = max(first, offset), min(first + master.numel(), stop)
+        low_end, high_end = max(first, offset), min(first + length, stop)
         if low_end < high_end:
-            here = slice(low_end - first, high_end - first)
-            yield Fragment(parameter, info, part, low_end - offset, master[here], low[here])
+            yield part, low_end - offset, slice(low_end - first, high_end - first)
         offset = stop
+
+
+def split_parts(parameter: nn.Parameter, info: ParamInfo, first: int, master: Tensor, low: Tensor) -> Iterator[Fragment]:
+    """Cut elements [first, first + len) of a rank-local parameter into pieces of its logical matrices."""
+    for part, start, here in cut_by_part(info, first, master.numel()):
+        yield Fragment(parameter, info, part, start, master[here], low[here])
 
 
 NORM_BLOCK = 1 << 12  # elements; a block's error is 3e-7 also where a few entries carry the norm, and blocks cost no time
@@ -111,6 +127,22 @@ class Adapter(ABC):
     @abstractmethod
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """This rank's accumulated gradient before it is reduced over data-parallel ranks; None where there is none."""
+
+    @abstractmethod
+    def reduced(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
+        """(first element, 1-D view) of this rank's share of a reduced gradient, inside an ``on_norm`` listener; None where it has none."""
+
+    def reduced_gradients(self) -> Iterator[GradientPiece]:
+        """From inside an ``on_norm`` listener: the gradients the update will see, before loss scale and clip factor are taken out.
+
+        Where ``is_partitioned`` data-parallel ranks hold different pieces, otherwise equal copies.
+        """
+        for parameter in self.parameters():
+            share = self.reduced(parameter)
+            if share is not None:
+                info = self.info(parameter)
+                for part, _, here in cut_by_part(info, share[0], share[1].numel()):
+                    yield GradientPiece(parameter, info, part, share[1][here])
 
     def parameters(self) -> list[nn.Parameter]:
         """Trainable parameters in module order."""

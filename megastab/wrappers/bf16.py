@@ -100,6 +100,10 @@ class BF16Adapter(Adapter):
         gradient = getattr(parameter, "_hp_grad", None)
         return None if gradient is None else gradient.view_as(parameter)
 
+    def reduced(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
+        """This rank's partition of the fp32 sum; the rest of it is another rank's to update with."""
+        return linked_gradient(parameter)
+
 
 def linked_fragment(adapter: Adapter, parameter: nn.Parameter) -> Iterator[Fragment]:
     """Pieces of ``parameter`` by the link DeepSpeed keeps from it to the flat partition (none if another rank owns it all).
@@ -112,3 +116,13 @@ def linked_fragment(adapter: Adapter, parameter: nn.Parameter) -> Iterator[Fragm
     first, length = link.lp_fragment_address.start, link.lp_fragment_address.numel
     low = parameter.data.view(-1).narrow(0, first, length)
     yield from split_parts(parameter, adapter.info(parameter), first, link.hp_fragment.view(-1), low)
+
+
+def linked_gradient(parameter: nn.Parameter) -> tuple[int, Tensor] | None:
+    """The same piece of the reduced gradient (BF16_Optimizer keeps the whole gradient, ZeRO 1 and 2 the piece alone)."""
+    link = getattr(parameter, "_hp_mapping", None)
+    if link is None:
+        return None
+    first, length = link.lp_fragment_address.start, link.lp_fragment_address.numel
+    gradient = link.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)  # type: ignore[attr-defined]
+    return first, gradient if gradient.numel() == length else gradient.narrow(0, first, length)

@@ -60,3 +60,8 @@ def _sum_tied(adapter: Adapter) -> None:
         gradient = adapter.gradient(weight)
         if gradient is not None:
             collectives.sum_(gradient, group)
+
+
+def running_loss(engine: Any) -> float:
+    """On the last stage: mean loss of the step's micro-batches so far, on this data-parallel rank."""
+    return float(engine.total_loss) / int(engine.gradient_accumulation_steps())

@@ -51,6 +51,10 @@ class PlainAdapter(Adapter):
         """The accumulated ``.grad``."""
         return parameter.grad
 
+    def reduced(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
+        """The whole ``.grad``, equal on all data-parallel ranks."""
+        return None if parameter.grad is None else (0, parameter.grad.view(-1))
+
     def _clip(self) -> None:
         self.begin_step()
         norm = self._global_norm()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megastab.parallel import collectives
 from megastab.wrappers.adapter import Adapter, Fragment, defer_growth, hook_wrapper, specialise
-from megastab.wrappers.bf16 import linked_fragment
+from megastab.wrappers.bf16 import linked_fragment, linked_gradient
 
 
 class Zero12Adapter(Adapter):
@@ -70,6 +70,10 @@ class Zero12Adapter(Adapter):
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """What stage 1 will reduce: ``.grad``, or the fp32 accumulator where accumulation is wider than the weights."""
         return self.optimizer.get_gradient_for_reduction(parameter)
+
+    def reduced(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
+        """This rank's partition, on the CPU under offload."""
+        return linked_gradient(parameter)
 
 
 def _republish(wrapper: Any, before: int) -> None:

@@ -41,6 +41,7 @@ class Zero3Adapter(Adapter):
         "fp16_groups",
         "fp32_partitioned_groups_flat",
         "grad_position",
+        "averaged_gradients",
         "get_param_id",
         "_optimizer_step",
         "_reassign_or_swap_out_partitioned_parameters",
@@ -73,3 +74,12 @@ class Zero3Adapter(Adapter):
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """None: gradients are reduced and partitioned as they appear."""
         return None
+
+    def reduced(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
+        """This rank's partition without its padding; under offload it has already moved to the masters' ``.grad``."""
+        group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        low, first = held(parameter)
+        if self.optimizer.offload_optimizer:
+            return first, self.optimizer.fp32_partitioned_groups_flat[group].grad.narrow(0, int(offset), low.numel())
+        place = next(i for i, p in enumerate(self.optimizer.fp16_groups[group]) if p is parameter)
+        return first, self.optimizer.averaged_gradients[group][place].view(-1).narrow(0, 0, low.numel())

@@ -63,8 +63,14 @@ def test_every_spike_and_rescale_leaves_a_reason(config_file: Path, tmp_path: Pa
     rescaled = [event["reason"] for event in events if event["kind"] == "rescale"]
     assert any("layers.0" in why for why in rescaled) and any("layers.1" in why for why in rescaled)  # of both stages
     clipped = [record for record in records(tmp_path / "run") if record["action"] == "clip"]
-    reasons = {event["step"]: event["reason"] for event in events if event["kind"] == "clip"}
-    assert clipped and all("is above 0.3" in reasons[r["step"]] and "samples" in reasons[r["step"]] for r in clipped)
+    told = {event["step"]: event for event in events if event["kind"] == "clip"}
+    assert clipped and all("is above 0.3" in told[r["step"]]["reason"] for r in clipped)
+    for record in clipped:
+        event = told[record["step"]]
+        assert event["norm"] == record["grad_norm"] and event["z"] == record["z"] and event["threshold"] == record["clip_threshold"]
+        assert event["samples"] == [4 * record["step"] - 4, 4 * record["step"] - 1]
+        shares = [each["share"] for each in event["top"]]
+        assert len(shares) == 5 and shares == sorted(shares, reverse=True) and 0.2 < sum(shares) <= 1
     assert any(record["rescaled"] == 14 for record in records(tmp_path / "run"))  # 7 matrices of 2 layers
 
 

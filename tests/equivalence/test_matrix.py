@@ -33,6 +33,7 @@ LOSS_AND_NORM, GRADIENT, WEIGHT, ADAM_BIAS = 2e-6, 1e-5, {"SGD": 1e-5, "AdamW": 
 LOW_LOSS = {"bf16": 1e-3, "fp16": 2e-4}
 LOW_NORM = {"bf16": 1e-2, "fp16": 2e-3}
 
+CLIPS_SOME = {"warmup_steps": 2, "alpha": 0.5, "z_thresh": 0.1}  # quick and jumpy, so that 8 steps hold clipped and ordinary ones
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gqa2": {"model": {"num_kv_heads": 2}},
@@ -53,18 +54,26 @@ MODELS: dict[str, dict[str, Any]] = {
     "residual_scaled": {"model__init": {"scheme": "residual_scaled"}},
     "padding": {"model": {"vocab_size": 130}},  # padded to 256: over tp 4 the last rank holds padding only
     "clipped": {"ds__gradient_clipping": 0.2},
-    "zclip": {"stability": {"zclip": {"warmup_steps": 2, "z_thresh": 0.3}}},  # clips and applies within the 8 steps
+    "zclip": {"stability": {"zclip": CLIPS_SOME}},
     "tvr": {"stability": {"tvr": {"target_std": 0.09, "interval_steps": 2}}},  # every matrix starts above its target
     "stable": {
         "model__init": {"scheme": "lir"},
-        "stability": {"zclip": {"warmup_steps": 2, "z_thresh": 0.3}, "tvr": {"target_std": 0.06, "interval_steps": 3}},
+        "stability": {"zclip": CLIPS_SOME, "tvr": {"target_std": 0.06, "interval_steps": 3}},
     },
     "gqa2_stable": {
         "model": {"num_kv_heads": 2},
-        "stability": {"zclip": {"warmup_steps": 2, "z_thresh": 0.3}, "tvr": {"target_std": 0.09, "interval_steps": 2}},
+        "stability": {"zclip": CLIPS_SOME, "tvr": {"target_std": 0.09, "interval_steps": 2}},
     },
+    "zclip_parameter": {"stability": {"zclip": {**CLIPS_SOME, "scope": "parameter"}}},
+    "zclip_layer": {"ds__gradient_clipping": 1.25, "stability": {"zclip": {**CLIPS_SOME, "scope": "layer"}}},
+    "tied_adagc": {"model": {"tie_embeddings": True}, "stability": {"adagc": {"warmup_steps": 3}}},
+    "autoclip": {"stability": {"autoclip": {"percentile": 40.0}}},
+    "skip_step": {"stability": {"skip_step": {"rolling_interval_length": 4, "sigma_factor": 0.1}}},
+    "skip_spikes": {"stability": {"zclip": CLIPS_SOME, "policy": {"on_spike": "skip"}}},
     "gqa2_clipped": {"model": {"num_kv_heads": 2}, "ds__gradient_clipping": 0.2},
 }
+# Parts of the names of models some of whose steps are clipped or skipped.
+CLIPPING = ("clipped", "zclip", "stable", "adagc", "autoclip", "skip")
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ FP32 = [
     *rows("llama", Layout(4, tp=2, zero=1), Layout(4, tp=2, zero=2), Layout(4, tp=2, zero=3), Z1_PP2_DP2, Layout(4, pp=2, accumulation=2)),
     *rows("llama", *(Layout(4, tp=2, sp=True, zero=stage) for stage in (1, 2, 3)), Layout(2, zero=2, accumulation=3)),
     *rows("llama", Layout(2, zero=3, accumulation=3), Layout(2, zero=2, offload=True)),
+    *rows("llama", Layout(2, tp=2, sp=True, compile=True), Layout(2, zero=3, compile=True)),
     *rows("gqa2", TP2, TP4, TP4_SP, *(Layout(4, tp=4, sp=True, zero=stage) for stage in (1, 2, 3))),
     *rows("mqa", TP2, TP2_SP, *(Layout(4, tp=2, zero=stage) for stage in (1, 2, 3)), TP2_PP2_SP),
     *rows("tied", TP2, PP2, TP2_PP2, TP2_PP2_SP, Z1_PP2_DP2, Z3_DP2, Layout(4, tp=2, zero=3)),
@@ -117,6 +127,12 @@ FP32 = [
     *rows("clipped", TP2, PP2, TP2_PP2_SP, Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, sp=True, zero=1), Z1_PP2_DP2),
     *rows("gqa2_clipped", Layout(4, tp=4)),
     *rows("zclip", TP2, PP2, Z1_DP2, Z3_DP2),
+    *rows("zclip_parameter", TP2_PP2_SP, DP2, Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, sp=True, zero=3), Layout(2, zero=2, offload=True)),
+    *rows("zclip_layer", TP2_PP2_SP, Z1_PP2_DP2),
+    *rows("tied_adagc", TP2_PP2_SP, PP2, Z1_DP2),
+    *rows("autoclip", TP2, Z1_PP2_DP2),
+    *rows("skip_step", TP2_PP2_SP, Z1_DP2, Z3_DP2),
+    *rows("skip_spikes", TP2, PP2, DP2, Z1_DP2, Z2_DP2, Z3_DP2),
     *rows("tvr", TP2, PP2, DP2, Z1_DP2, Z2_DP2, Z3_DP2, Layout(3, zero=3)),
     *rows("stable", TP2, TP4, PP2, TP2_PP2, TP2_PP2_SP, DP2, Z1_DP2, Z2_DP2, Z3_DP2, Z1_PP2_DP2),
     *rows("stable", *(Layout(4, tp=2, sp=True, zero=stage) for stage in (1, 2, 3)), Layout(2, zero=2, offload=True)),
@@ -130,6 +146,7 @@ LOW = [
     *rows("gqa2", Layout(4, tp=4, sp=True, zero=1), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("mqa", Layout(4, tp=2, sp=True, zero=3), dtype="bf16"),
     *rows("stable", Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
+    *rows("zclip_parameter", Z1_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("large_tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),  # ranks with nothing to count
     *rows("dropout", Layout(2, zero=1, accumulation=2), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
@@ -213,7 +230,9 @@ def test_layout_trains_as_one_process(row: Row) -> None:
         if kind == "AdamW" and row.model.startswith(("gpt", "dropout")):
             bias = worst(*({n: w for n, w in whole.items() if n.endswith("bias")} for whole in found["final"]), skip=".k.bias")
             assert bias[0] <= ADAM_BIAS, bias
-        assert ("clipped" in row.model) == any(scale < 1 for scale in single.scales), "the row does not test what it says"
+        clips = any(name in row.model for name in CLIPPING)
+        assert clips == any(scale < 1 for scale in single.scales), "the row does not test what it says"
+        assert not clips or "adagc" in row.model or any(scale == 1 for scale in single.scales), "no step is an ordinary one"
 
 
 @pytest.mark.parametrize("row", LOW, ids=str)

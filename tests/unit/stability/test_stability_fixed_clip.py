@@ -9,10 +9,14 @@ import math
 import pytest
 
 from megastab.config.errors import UserError
-from megastab.config.schema import TVRConfig, ZClipConfig
+from megastab.config.schema import AdaGCConfig, AutoClipConfig, PolicyConfig, SkipStepConfig, TVRConfig, ZClipConfig
 from megastab.parallel.grid import Grid
-from megastab.stability.controller import Controller, FixedClip
+from megastab.stability.clip_rule import ClipDecision
+from megastab.stability.controller import Controller
+from megastab.stability.fixed_clip import FixedClip, capped
+from megastab.stability.policy import Policy
 from megastab.stability.record import Event, StepRecord
+from megastab.stability.rivals import AdaGC, AutoClip, SkipStep
 from megastab.stability.tvr import TVR
 from megastab.stability.zclip import ZClip
 
@@ -21,6 +25,7 @@ class Norms:
     """An adapter that only tells norms and remembers what it was told to do."""
 
     recovers = False
+    cap = 0.0
 
     def __init__(self) -> None:
         self.done: list[object] = []
@@ -33,6 +38,9 @@ class Norms:
 
     def parameters(self) -> list[object]:
         return []
+
+    def reduced_gradients(self):
+        return iter(())
 
     def info(self, parameter):
         raise AssertionError("there are no parameters")
@@ -83,8 +91,8 @@ def test_controller_scales_or_skips() -> None:
 
 
 def test_overflow_of_the_loss_scale_is_nobodys_spike() -> None:
-    adapter, rule = Norms(), ZClip(warmup_steps=2, max_nonfinite_in_a_row=1)
-    controller = Controller(adapter, Grid(), rule)
+    adapter, rule = Norms(), ZClip(warmup_steps=2)
+    controller = Controller(adapter, Grid(), rule, policy=Policy(PolicyConfig(max_nonfinite_in_a_row=1)))
     adapter.recovers = True
     for _ in range(5):
         adapter.tell(math.inf)
@@ -103,13 +111,79 @@ def test_state_survives_and_a_change_of_rule_is_told() -> None:
     state = json.loads(json.dumps(first.state_dict()))
     second = Controller(Norms(), Grid(), ZClip(warmup_steps=2), TVR(interval_steps=3))
     assert second.load_state_dict(state) == [] and second.state_dict() == first.state_dict()
-    assert "clipping was ZClip, is FixedClip" in Controller(Norms(), Grid(), FixedClip(1.0)).load_state_dict(state)[0]
+    assert "clipping was ZClip, is fixed: it has no statistics" in Controller(Norms(), Grid(), FixedClip(1.0)).load_state_dict(state)[0]
+
+
+@pytest.mark.parametrize(("norm", "scale", "threshold"), [(1.0, 1.0, None), (3.0, 1.0, None), (8.0, 0.5, 4.0), (0.0, 1.0, None)])
+def test_a_cap_over_a_rule_that_does_not_know_it(norm: float, scale: float, threshold: float | None) -> None:
+    decision = capped(ClipDecision(None, 1.0, 2.0, "apply"), norm, 4.0)
+    assert (decision.scale, decision.threshold, decision.z) == (scale, threshold, 2.0)
+    assert decision.action == ("clip" if scale < 1 else "apply")
+
+
+def test_a_cap_leaves_a_skip_and_a_harder_clip_alone() -> None:
+    for decision in (ClipDecision(None, 0.0, None, "skip", "why"), ClipDecision(1.0, 0.1, None, "clip")):
+        assert capped(decision, 10.0, 4.0) is decision
+    assert capped(ClipDecision(None, 1.0, None, "apply"), 1e9, 0.0).scale == 1.0
+
+
+def test_a_cap_that_leaves_zclip_nothing_to_do_is_told_once() -> None:
+    adapter = Norms()
+    adapter.cap = 1.0
+    controller = Controller(adapter, Grid(), ZClip(warmup_steps=2, max_grad_norm=1.0))
+    told = []
+    with pytest.warns(UserWarning, match="below the usual norm"):
+        for step in range(250):
+            adapter.tell(3.0 + 0.01 * (step % 7))
+            told.append(controller.warning)
+    assert sum(map(bool, told)) == 1 and "gradient_clipping 1 decided 100 of the last 100 steps" in told[99]
+    quiet = Norms()
+    quiet.cap = 50.0
+    controller = Controller(quiet, Grid(), ZClip(warmup_steps=2, max_grad_norm=50.0))
+    for step in range(250):
+        quiet.tell(3.0 + 0.01 * (step % 7))
+        assert controller.warning == ""
+
+
+def test_clip_rate_follows_what_is_done() -> None:
+    adapter = Norms()
+    controller = Controller(adapter, Grid(), FixedClip(2.0))
+    for _ in range(200):
+        adapter.tell(4.0)
+    assert controller.scalars()["clip_rate"] == pytest.approx(1.0, abs=0.01)
+    for _ in range(200):
+        adapter.tell(1.0)
+    assert controller.scalars()["clip_rate"] == pytest.approx(0.0, abs=0.01)
+
+
+def test_a_rehearsed_step_decides_and_learns_nothing() -> None:
+    adapter, rule = Norms(), ZClip(warmup_steps=2)
+    controller = Controller(adapter, Grid(), rule)
+    adapter.tell(1.0)
+    before = json.dumps(controller.state_dict())
+    with controller.rehearsal() as norms:
+        adapter.tell(math.inf)
+        adapter.tell(5.0)
+    assert norms == [math.inf, 5.0] and json.dumps(controller.state_dict()) == before
+    assert adapter.done == [1.0, "skip", "skip"] and controller.norm == 1.0
+
+
+def test_skip_step_is_told_the_loss() -> None:
+    adapter, rule = Norms(), SkipStep(rolling_interval_length=8)
+    controller, losses = Controller(adapter, Grid(), rule), iter([2.0, 2.1, 2.0, 2.1, 2.0, 2.1, 50.0])
+    controller.read_loss = lambda: next(losses)
+    for step in range(7):
+        adapter.tell(1.0 + 0.01 * (step % 2))
+    assert controller.decision is not None and controller.decision.action == "skip" and "loss" in controller.decision.reason
 
 
 def test_defaults_of_the_schema_are_those_of_the_methods() -> None:
-    for method, section in ((ZClip, ZClipConfig), (TVR, TVRConfig)):
+    pairs = ((ZClip, ZClipConfig), (TVR, TVRConfig), (AutoClip, AutoClipConfig), (AdaGC, AdaGCConfig), (SkipStep, SkipStepConfig))
+    for method, section in pairs:
         signature = inspect.signature(method).parameters
         for name, field in section.model_fields.items():
+            if name == "scope":
+                continue  # decides how many there are
             mine, theirs = field.default, signature[name].default
             assert mine == (theirs if not callable(theirs) else theirs()) or (not mine and name in ("exclude", "targets")), name
 

@@ -66,8 +66,11 @@ def test_a_new_run_keeps_the_old_one_aside(tmp_path: Path) -> None:
 
 def test_console_line_says_the_step() -> None:
     said = console_line(RECORD, 1000, EXTRA)
-    assert said == "step    7/1000  loss 5.1234  norm 1.500  lr 1.00e-03  8.2k tokens/s  0.25 TFLOP/s/rank  1.50 GB"
-    assert "norm inf skip" in console_line(dataclasses.replace(RECORD, grad_norm=float("inf"), action="skip"), 10, EXTRA)
+    assert said == "step    7/1000  loss 5.1234  norm 1.500 clipped to 0.990  lr 1.00e-03  8.2k tokens/s  0.25 TFLOP/s/rank  1.50 GB"
+    skipped = dataclasses.replace(RECORD, grad_norm=float("inf"), action="skip", reason="the gradient norm is not finite")
+    assert "norm inf skipped (the gradient norm is not finite)" in console_line(skipped, 10, EXTRA)
+    clipped = dataclasses.replace(RECORD, grad_norm=8.0, clip_scale=0.25, action="clip", z=3.21)
+    assert "norm 8.000 clipped to 2.000 (z 3.2)" in console_line(clipped, 10, EXTRA)
     assert "MFU 41.0 %" in console_line(RECORD, 10, {**EXTRA, "mfu": 0.41})
 
 

@@ -1,0 +1,40 @@
+"""The written reason of a step: every decision that was not an ordinary one, as lines of ``events.jsonl``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megastab.stability.controller import Controller
+from megastab.stability.policy import Verdict
+from megastab.stability.record import Event, StepRecord
+
+
+def events_of_step(controller: Controller, record: StepRecord, verdict: Verdict, samples: tuple[int, int]) -> list[Event]:
+    """What there is to tell of the step just taken; nothing for an ordinary one.
+
+    Args:
+        controller: after its ``step_done``.
+        record: of that step.
+        verdict: the policy's.
+        samples: ids of the first and the last sample of its batch.
+    """
+    facts: dict[str, Any] = {
+        "loss": record.loss,
+        "norm": record.grad_norm,
+        "z": record.z,
+        "threshold": record.clip_threshold,
+        "scale": record.clip_scale,
+    }
+    facts |= {"top": [asdict(share) for share in controller.top], "samples": list(samples)}
+    events = []
+    if record.reason:
+        events.append(Event(record.step, record.action if record.action != "apply" else "warning", record.reason, facts))
+    if verdict.loss_spike:
+        events.append(Event(record.step, "loss_spike", verdict.loss_spike, {**facts, "loss_z": controller.policy.losses.z}))
+    for each in controller.rescaled:
+        why = f"{each.name}: std {each.std:.6g} over its target {each.target:.6g}, mean {each.mean:.3g}"
+        events.append(Event(record.step, "rescale", why, asdict(each)))
+    if controller.warning:
+        events.append(Event(record.step, "warning", controller.warning))
+    return events
