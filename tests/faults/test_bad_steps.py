@@ -1,0 +1,50 @@
+"""NaN in one rank's activations: the step is skipped, replayed once and explained; too many of them end the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import Finished, launch, records
+
+
+def run(config_file: Path, bad: str, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Finished:
+    monkeypatch.setenv("BAD_STEPS", bad)
+    return launch("--deepspeed_config", str(config_file), *overrides, script="tests/faults/bad_steps.py")
+
+
+def events(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_a_bad_step_is_skipped_replayed_and_explained(
+    zero: int, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = run(config_file, "3,5", monkeypatch, f"zero_optimization.stage={zero}", "megastab.stability.zclip.warmup_steps=2")
+    assert done.code == 0, done.text
+    found = events(tmp_path)
+    skips = [event for event in found if event["kind"] == "skip"]
+    assert [event["step"] for event in skips] == [3, 5] and all("not finite" in event["reason"] for event in skips)
+    assert skips[0]["norm"] is None and skips[0]["samples"] == [8, 11]
+    assert skips[0]["top"][0]["share"] is None and all(share["name"] for share in skips[0]["top"])
+    (replay,) = (event for event in found if event["kind"] == "replay")  # the first one only
+    assert (replay["step"], replay["rank"], replay["micro_batch"], replay["repeats"]) == (3, 1, 0, True)
+    assert replay["what"] == "output" and "layers.1" in replay["name"] and "MLP" in replay["module"]
+    taken = {record["step"]: record for record in records(tmp_path / "run")}
+    assert taken[3]["action"] == "skip" and taken[3]["lr"] == taken[4]["lr"]  # the schedule has not moved
+    assert taken[4]["action"] != "skip" and taken[6]["loss"] < taken[1]["loss"]
+
+
+def test_bad_steps_in_a_row_ask_for_a_rewind_and_then_end_the_run(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = ["megastab.stability.policy.rewind_after=2", "megastab.stability.policy.max_nonfinite_in_a_row=2"]
+    done = run(config_file, "3,4,5,6", monkeypatch, "megastab.run.save_interval=1", *policy)
+    assert done.code != 0 and "training stopped: 3 steps in a row could not be used" in done.text, done.text
+    (rewind,) = (event for event in events(tmp_path) if event["kind"] == "rewind")
+    assert rewind["step"] == 4 and rewind["samples"] == [8, 15]
+    assert "2 bad steps in a row, from step 3" in rewind["reason"] and "step00000002" in rewind["reason"]
