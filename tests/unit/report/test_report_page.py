@@ -192,7 +192,7 @@ def test_a_folder_without_steps_is_told(tmp_path: Path) -> None:
 
 def test_a_config_is_put_in_words() -> None:
     config = json.loads(CONFIG.read_text())
-    config |= {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
+    config |= {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     config["megastab"]["stability"] = {
         "zclip": {"alpha": 0.97, "compat": False, "max_nonfinite_in_a_row": None},
         "tvr": {"target_std": 0.01},
@@ -202,8 +202,8 @@ def test_a_config_is_put_in_words() -> None:
         "LLaMA of 5.31 M parameters, 4 layers of width 256, 4 heads, sequences of 256 tokens, vocabulary 4096, "
         "init scheme residual_scaled, std 0.02"
     )
-    assert said["Layout"] == "tensor 2 x pipeline 1 x data 4"
-    assert said["Batch"] == "8 samples (micro-batches of 2, 1 a step and rank), 2048 tokens a step"
+    assert said["Layout"] == "tensor 2 x pipeline 1 x data 2"
+    assert said["Batch"] == "8 samples (micro-batches of 2, 2 a step and rank), 2048 tokens a step"
     assert said["Precision"] == "bf16, ZeRO 1"
     assert said["Optimizer"] == "AdamW: lr 0.002, betas 0.9 0.95, eps 1e-08, weight_decay 0.1"
     assert said["Clipping"] == "ZClip (alpha 0.97), fixed cap 1" and said["TVR"] == "target_std 0.01"
