@@ -114,6 +114,8 @@ class Report:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
+    rescaled: list[int] = field(default_factory=list)
+    """Matrices TVR shrank after each step."""
     initial: list[Piece] = field(default_factory=list)
     gradients: list[Piece] = field(default_factory=list)
     """Of the first update."""
@@ -131,6 +133,8 @@ def train(config: dict[str, Any], steps: int) -> Report:
         report.losses.append(job.step())
         report.norms.append(job.norm)
         report.scales.append(job.decision.scale)
+        job.built.controller.step_done()
+        report.rescaled.append(len(job.built.controller.rescaled))
         if step == 0:
             report.gradients = tap.pieces()
     report.final = masters(job)

@@ -9,7 +9,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 NAMES = {
-    "single": "our step over a bare PyTorch loop's: speed and memory",
+    "single": "our step's speed over a bare PyTorch loop's",
+    "memory": "our peak memory over a bare PyTorch loop's",
     "trainer": "over Hugging Face's Trainer (pip install -e '.[bench]')",
     "tp2": "two tensor-parallel ranks over one process",
     "start": "import, help, dry run, launch to the first step",

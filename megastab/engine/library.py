@@ -190,10 +190,15 @@ def _install(engine: Any, stability: StabilityConfig, is_uncapped: bool = False)
         complete_gradients(adapter)
     if stability.tvr is not None:
         _name_unknown(adapter, grid)
-    controller: Any = build_controller(adapter, grid, stability, engine.train_batch_size())
+    try:
+        controller: Any = build_controller(adapter, grid, stability, engine.train_batch_size())
+    except ValueError as error:  # a setting that only the trainer can carry out
+        raise UserError(f"megastab.stability cannot be used here: {error}") from error
     controller.__class__ = LibraryController  # the same controller, with a record of its own
     controller.watch()
     _keep_in_checkpoints(engine, controller)
+    if (said := controller.start_warning()) and collectives.world()[0] == 0:
+        log.warning(said)
     engine.stability = controller
     return controller
 

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from tests import jobs
-from tests.layouts import GPT, SINGLE, STEPS, Layout, config_of
+from tests.layouts import GLOBAL_BATCH, GPT, SEQ, SINGLE, STEPS, Layout, config_of
 from tests.ranks import RankFailed, run_ranks
 
 LOSS_AND_NORM, GRADIENT, WEIGHT, ADAM_BIAS = 2e-6, 1e-5, {"SGD": 1e-5, "AdamW": 1e-4}, 5e-4
@@ -55,7 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "padding": {"model": {"vocab_size": 130}},  # padded to 256: over tp 4 the last rank holds padding only
     "clipped": {"ds__gradient_clipping": 0.2},
     "zclip": {"stability": {"zclip": CLIPS_SOME}},
-    "tvr": {"stability": {"tvr": {"target_std": 0.09, "interval_steps": 2}}},  # every matrix starts above its target
+    "tvr": {"stability": {"tvr": {"target_std": 0.09, "interval_tokens": 2 * GLOBAL_BATCH * SEQ}}},  # every matrix starts above its target
     "stable": {
         "model__init": {"scheme": "lir"},
         "stability": {"zclip": CLIPS_SOME, "tvr": {"target_std": 0.06, "interval_steps": 3}},
@@ -73,6 +73,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gqa2_clipped": {"model": {"num_kv_heads": 2}, "ds__gradient_clipping": 0.2},
 }
 # Parts of the names of models some of whose steps are clipped or skipped.
+RESCALING = ("tvr", "stable")
 CLIPPING = ("clipped", "zclip", "stable", "adagc", "autoclip", "skip")
 
 
@@ -230,6 +231,8 @@ def test_layout_trains_as_one_process(row: Row) -> None:
         if kind == "AdamW" and row.model.startswith(("gpt", "dropout")):
             bias = worst(*({n: w for n, w in whole.items() if n.endswith("bias")} for whole in found["final"]), skip=".k.bias")
             assert bias[0] <= ADAM_BIAS, bias
+        assert all(r.rescaled == single.rescaled for r in ranks), "rescale decisions"
+        assert any(name in row.model for name in RESCALING) == any(single.rescaled), "the row does not test what it says"
         clips = any(name in row.model for name in CLIPPING)
         assert clips == any(scale < 1 for scale in single.scales), "the row does not test what it says"
         assert not clips or "adagc" in row.model or any(scale == 1 for scale in single.scales), "no step is an ordinary one"

@@ -13,12 +13,13 @@ from megastab.report.bench.corpus import data
 from megastab.report.bench.jobs import Failed
 from megastab.report.bench.machine import facts
 from megastab.report.bench.rows import Row, table
-from megastab.report.bench.speed import single, tp2, trainer, wrappers
+from megastab.report.bench.speed import memory, single, tp2, trainer, wrappers
 from megastab.report.bench.stability import stability
 from megastab.report.bench.start import start
 
 FIGURES: dict[str, Callable[[Options], Iterator[Row]]] = {
     "single": single,
+    "memory": memory,
     "trainer": trainer,
     "tp2": tp2,
     "start": start,

@@ -25,12 +25,16 @@ def _speed(figure: str, case: str, ours: Times, theirs: Times, opponent: str, bo
 
 
 def single(options: Options) -> Iterator[Row]:
-    """Our step over the bare loop's, in one process; then the memory of each, alone in its own."""
+    """Our step over the bare loop's, in one process."""
     precisions: tuple[Precision, ...] = ("bf16",) if options.is_quick else ("bf16", "fp32")
     for precision in precisions:
         for size in options.sizes:
             for is_compiled in (False, True):
                 yield _beside_bare(Spec("both", size, precision, is_compiled), options)
+
+
+def memory(options: Options) -> Iterator[Row]:
+    """Peak memory over the bare loop's, each alone in a process."""
     for size in options.sizes:
         yield _memory(size, options)
 
@@ -52,7 +56,7 @@ def _memory(size: str, options: Options) -> Row:
             grown.append(job.grown_bytes())
     detail = f"ours grew by {grown[0] / 1e6:,.0f} MB from before the model to the peak of {WARMUP} steps, bare by {grown[1] / 1e6:,.0f} MB"
     ratio = grown[0] / grown[1]
-    return Row("single", f"{size} bf16 peak memory", ratio, bound=MEMORY_BOUND, is_floor=False, detail=detail, raw={"bytes": grown})
+    return Row("memory", f"{size} bf16 peak", ratio, bound=MEMORY_BOUND, is_floor=False, detail=detail, raw={"bytes": grown})
 
 
 def trainer(options: Options) -> Iterator[Row]:

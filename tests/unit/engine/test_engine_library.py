@@ -320,7 +320,7 @@ def test_attached_engine_does_the_same(ranks: list[dict[Any, Any]]) -> None:
 
 
 def test_fused_matrices_are_named_and_left_alone(ranks: list[dict[Any, Any]]) -> None:
-    said = ranks[0]["gpt2"]["said"]
+    said = [line for line in ranks[0]["gpt2"]["said"] if "leaves alone" in line]
     assert len(said) == 2 and ranks[1]["gpt2"]["said"] == []
     assert all(f"transformer.h.*.{name}.weight (2)" in said[0] for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
     assert "foreign.register" in said[0] and "wte" not in said[0] and "attn.c_proj" not in said[1]

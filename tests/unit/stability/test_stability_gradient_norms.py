@@ -42,10 +42,13 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
         out.append((controller.norm, told[-1], squares[-1], tap.pieces()))
     scale = getattr(job.built.engine.optimizer, "loss_scale", 1.0) or 1.0
     tops = [controller.top]
+    wrapped_runs.set_factor(0.0)
+    job.step()
+    nothing = (controller.norm, controller.decision.action, controller.norms.layers.keys() == told[-1].keys(), set(told[-1].values()))
     wrapped_runs.set_factor(math.inf)
     job.step()
     tops.append(controller.top)
-    return {"steps": out, "loss_scale": float(scale), "layers": controller.norms.layers, "tops": tops}
+    return {"steps": out, "loss_scale": float(scale), "layers": controller.norms.layers, "tops": tops, "nothing": nothing}
 
 
 @functools.cache
@@ -85,6 +88,11 @@ def test_a_matrix_is_scaled_alone(name: str) -> None:
     assert FACTORS.keys() <= before.keys()
     expected = {matrix: norm * FACTORS.get(matrix, 1.0) for matrix, norm in before.items()}
     assert after == pytest.approx(expected, rel=2e-6 if WRAPPED[name].dtype == "fp32" else 1e-3)
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_gradients_that_are_all_zero_are_an_ordinary_step(name: str) -> None:
+    assert all(rank["nothing"] == (0.0, "apply", True, {0.0}) for rank in measured(name))
 
 
 @pytest.mark.parametrize("name", WRAPPED)
