@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "OrthoAdam": "megastab.optim.ortho_adam",
     "StepRecord": "megastab.stability.record",
     "TVR": "megastab.stability.tvr",
     "ZClip": "megastab.stability.zclip",

@@ -102,6 +102,24 @@ def wait(work: Work | None) -> None:
         work.wait()
 
 
+def exchange_rows(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> tuple[Tensor, Work | None]:
+    """Give ``send[r]`` of ``rows`` to each rank r and take ``receive[r]`` from it, in rank order, with one all-to-all.
+
+    Returns what :func:`arrived_rows` turns into the rows received. Ranks that share nothing send nothing.
+    """
+    if group is None:
+        return rows[: sum(receive)], None
+    staged = rows.to(get_accelerator().current_device_name())  # the backend may reach the accelerator only
+    out = torch.empty((sum(receive), *rows.shape[1:]), dtype=rows.dtype, device=staged.device)
+    return out, dist.all_to_all_single(out, staged.contiguous(), list(receive), list(send), group=group, async_op=True)
+
+
+def arrived_rows(rows: Tensor, work: Work | None, device: torch.device) -> Tensor:
+    """Wait for :func:`exchange_rows`; the rows received, on ``device``."""
+    wait(work)
+    return rows.to(device)
+
+
 def sum_coalesced_(tensors: Sequence[Tensor], group: Group) -> None:
     """Sum many tensors over ``group`` in fp32 with one all-reduce, in place, whatever their dtype or device."""
     if group is None or not tensors:

@@ -1,0 +1,158 @@
+"""The orthogonal matrices of OrthoAdam (arXiv 2410.17174): Q as a function of (seed, canonical name, width) and of nothing else.
+
+``hadamard``: random signs, then Kronecker(A, H) for a width of m * 2^k, m odd: H the Walsh-Hadamard matrix of 2^k in Sylvester's
+order, A a Haar matrix of m (1 for m = 1). ``haar``: one dense Haar matrix. Neither is stored anywhere: a resume draws them again.
+
+Rows are rotated by small matrix products over blocks of a fixed shape, in which a row's place follows from its number in the whole
+matrix. A product of a row can round otherwise in a block of another shape; so a row's bits depend on the row alone, not on who else is
+rotated with it. Signed permutations are left out on purpose: Adam is exactly equivariant to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megastab.config.errors import UserError
+
+RotationKind = Literal["hadamard", "haar", "none"]
+
+BLOCK_ELEMENTS = 1 << 15  # 128 KiB of fp32: stays in a core's cache through all products of a block
+BLOCK_ROWS = 256  # at most: narrow matrices are not padded to more
+MAX_ODD = 64  # odd part of a Hadamard width: the Haar factor costs a dense odd x odd product a row
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Q of one width D: ``forward`` is x -> Q x for each row x, ``inverse`` is y -> Q^T y.
+
+    A row viewed as [a, b] becomes left @ (signs * row) @ right^T, times ``scale``.
+    """
+
+    width: int
+    right: Tensor
+    """[b, b], fp32."""
+    left: Tensor | None = None
+    """[a, a], fp32, a * b = D; None for a dense Q."""
+    signs: Tensor | None = None
+    """[D] of +-1."""
+    scale: float = 1.0
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the fixed shape everything is computed in."""
+        return max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // self.width))
+
+    @property
+    def num_bytes(self) -> int:
+        """What the factors occupy."""
+        return sum(t.numel() * t.element_size() for t in (self.right, self.left, self.signs) if t is not None)
+
+    def pieces(self, first: int, count: int) -> Iterator[tuple[slice, int]]:
+        """Rows [first, first + count) of a matrix by block: (which of the rows given, place of the first in its block)."""
+        done = 0
+        while done < count:
+            slot = (first + done) % self.block_rows
+            stop = min(count, done + self.block_rows - slot)
+            yield slice(done, stop), slot
+            done = stop
+
+    def forward(self, rows: Tensor, slot: int = 0) -> Tensor:
+        """[n, D] -> [n, D]: rows that lie at ``slot`` and after in their block."""
+        block = self._placed(rows, slot)
+        if self.signs is not None:
+            block.mul_(self.signs)
+        return self._products(block, self.right.t(), self.left)[slot : slot + rows.shape[0]]
+
+    def inverse(self, rows: Tensor, slot: int = 0) -> Tensor:
+        """Undo :meth:`forward`."""
+        block = self._products(self._placed(rows, slot), self.right, None if self.left is None else self.left.t())
+        if self.signs is not None:
+            block.mul_(self.signs)
+        return block[slot : slot + rows.shape[0]]
+
+    def _placed(self, rows: Tensor, slot: int) -> Tensor:
+        """A fresh block: the same shape, the same place and the same alignment whatever lies beside the rows."""
+        block = torch.zeros(self.block_rows, self.width, dtype=torch.float32, device=rows.device)
+        block[slot : slot + rows.shape[0]] = rows
+        return block
+
+    def _products(self, block: Tensor, right: Tensor, left: Tensor | None) -> Tensor:
+        small = right.shape[0]
+        out = torch.mm(block.view(-1, small), right)
+        if left is not None:
+            out = torch.matmul(left, out.view(-1, left.shape[0], small))
+        # After the sums, not before: coordinates that cancel exactly must give zero, which Adam would else lift to a step of size lr.
+        return out.view(block.shape).mul_(self.scale) if self.scale != 1.0 else out.view(block.shape)
+
+
+def rotation_of(kind: RotationKind, seed: int, name: str, width: int, device: torch.device | str = "cpu") -> Rotation:
+    """Q of one matrix.
+
+    Args:
+        kind: ``hadamard`` or ``haar``.
+        seed: of the run.
+        name: canonical name of the matrix; for a Q that all matrices of a width share, any fixed text.
+        width: length of a row.
+        device: where the factors shall lie; they are drawn on the CPU.
+
+    Raises:
+        UserError: a width ``hadamard`` cannot factor.
+    """
+    digest = hashlib.sha256(f"{seed}|{name}|{width}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    if kind == "haar":
+        return Rotation(width, haar(width, generator).to(device))
+    odd, power = factors(width)
+    if odd > MAX_ODD:
+        raise UserError(
+            f"OrthoAdam: {name} has rows of {width} = {odd} x {power}, and hadamard rotates widths of m * 2^k with m odd and at most "
+            f'{MAX_ODD}: choose rotation "haar", another width, or a max_axis below {width}, which leaves the axis as it is'
+        )
+    signs = torch.randint(2, (width,), generator=generator).to(torch.float32) * 2 - 1
+    small = min(power, 1 << round(math.log2(width) / 2))
+    left = torch.kron(haar(odd, generator) if odd > 1 else torch.ones(1, 1), walsh_hadamard(power // small))
+    return Rotation(width, walsh_hadamard(small).to(device), left.to(device), signs.to(device), power**-0.5)
+
+
+def factors(width: int) -> tuple[int, int]:
+    """(odd part, power of two) of a width."""
+    power = width & -width
+    return width // power, power
+
+
+def haar(size: int, generator: torch.Generator) -> Tensor:
+    """[size, size] drawn uniformly from the orthogonal matrices, fp32."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal().sign()).float().contiguous()  # without the signs of R's diagonal it is not uniform
+
+
+def walsh_hadamard(size: int) -> Tensor:
+    """[size, size] of +-1 in Sylvester's order; ``size`` is a power of two. Symmetric; its square is ``size`` times the identity."""
+    out = torch.ones(1, 1)
+    while out.shape[0] < size:
+        out = torch.cat([torch.cat([out, out], 1), torch.cat([out, -out], 1)])
+    return out
+
+
+@contextmanager
+def true_fp32(device: torch.device) -> Iterator[None]:
+    """Products in full fp32 whatever the global precision of matrix products says, and under autocast too."""
+    every: Any = torch.backends
+    backends = (every.mkldnn.matmul, every.cuda.matmul)
+    held = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, held, strict=True):
+            backend.fp32_precision = precision

@@ -1,0 +1,104 @@
+"""One update of OrthoAdam on views of weights, gradient and moments, in place.
+
+    r = Q g;  m = b1 m + (1 - b1) r;  v = b2 v + (1 - b2) r^2;  u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    p = (1 - lr wd) p - lr Q^T u
+
+Written in products and sums of two alone: torch's lerp and addcmul round otherwise in the last few elements of a tensor than in the
+others, and an element's bits must not depend on where a partition begins.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megastab.optim.rotation import Rotation
+
+CHUNK = 1 << 16  # elements of a plain update at a time: no temporary grows with the matrix
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The numbers of one step."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+    """From 1."""
+    decay: float = 0.0
+
+    @property
+    def root_correction2(self) -> float:
+        """sqrt(1 - b2^t)."""
+        return math.sqrt(1 - self.beta2**self.step)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The same elements of weights, gradient and moments."""
+
+    weights: Tensor
+    gradient: Tensor
+    mean: Tensor
+    square: Tensor
+
+    def rows(self, offset: int, count: int, width: int) -> Views:
+        """Of flat tensors: ``count`` rows that begin at element ``offset``."""
+        tensors = (self.weights, self.gradient, self.mean, self.square)
+        return Views(*(t[offset : offset + count * width].view(count, width) for t in tensors))
+
+    def part(self, here: slice) -> Views:
+        """A range along dim 0."""
+        return Views(self.weights[here], self.gradient[here], self.mean[here], self.square[here])
+
+
+def step_rows(views: Views, rotation: Rotation, first_row: int, pace: Pace) -> None:
+    """Whole rows [n, D], the first of which is row ``first_row`` of its matrix."""
+    for here, slot in rotation.pieces(first_row, views.gradient.shape[0]):
+        at = views.part(here)
+        update = adam(rotation.forward(at.gradient, slot), at.mean, at.square, pace)
+        apply(at.weights, rotation.inverse(update, slot), pace)
+
+
+def step_plain(views: Views, pace: Pace) -> None:
+    """Elements that are not rotated, 1-D."""
+    for first in range(0, views.gradient.numel(), CHUNK):
+        at = views.part(slice(first, first + CHUNK))
+        apply(at.weights, adam(at.gradient, at.mean, at.square, pace), pace)
+
+
+def step_both(views: Views, left: Rotation | None, right: Rotation | None, pace: Pace) -> None:
+    """A whole matrix, its columns rotated by ``left`` and its rows by ``right``; None leaves an axis as it is."""
+    rotated = _both(views.gradient, left, right, is_inverse=False)
+    update = adam(rotated, views.mean, views.square, pace)
+    apply(views.weights, _both(update, left, right, is_inverse=True), pace)
+
+
+def _both(matrix: Tensor, left: Rotation | None, right: Rotation | None, is_inverse: bool) -> Tensor:
+    out = matrix if right is None else _all_rows(matrix, right, is_inverse)
+    return out if left is None else _all_rows(out.t(), left, is_inverse).t()
+
+
+def _all_rows(rows: Tensor, rotation: Rotation, is_inverse: bool) -> Tensor:
+    turn = rotation.inverse if is_inverse else rotation.forward
+    return torch.cat([turn(rows[here], slot) for here, slot in rotation.pieces(0, rows.shape[0])])
+
+
+def adam(gradient: Tensor, mean: Tensor, square: Tensor, pace: Pace) -> Tensor:
+    """Move the moments on; return the update before the learning rate, a new tensor."""
+    mean.mul_(pace.beta1).add_(gradient * (1 - pace.beta1))
+    square.mul_(pace.beta2).add_((gradient * gradient).mul_(1 - pace.beta2))
+    root = square.sqrt().mul_(1 / pace.root_correction2).add_(pace.eps)
+    return (mean * (1 / (1 - pace.beta1**pace.step))).div_(root)
+
+
+def apply(weights: Tensor, update: Tensor, pace: Pace) -> None:
+    """Decay the weights and subtract the update, which is overwritten."""
+    if pace.decay:
+        weights.mul_(1 - pace.lr * pace.decay)
+    weights.sub_(update.mul_(pace.lr))
