@@ -19,14 +19,19 @@ def main() -> None:
     parser.add_argument("run", help="run folder (megastab.run.dir)")
     parser.add_argument("--output", metavar="PNG", help="where the picture goes (default: curves.png in the run folder)")
     parser.add_argument("--page", metavar="HTML", help="where the page goes (default: report.html in the run folder)")
+    parser.add_argument("--what-if", metavar="JSON", help="only tell what another rule would have done, e.g. '{\"zclip\": {}}'")
     arguments = parser.parse_args()
 
     from megastab.config.errors import UserError
     from megastab.report.curves import draw_curves
     from megastab.report.history import read_history
     from megastab.report.page import write_page
+    from megastab.report.what_if import answer, question
 
     try:
+        if arguments.what_if:
+            print(answer(read_history(arguments.run), question(arguments.what_if)))
+            return
         picture = draw_curves(arguments.run, arguments.output)
         print(picture)
         print(write_page(arguments.run, arguments.page, picture))

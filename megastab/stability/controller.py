@@ -31,11 +31,20 @@ class Controller:
     """Listens to the norm, applies the rule's decision through the wrapper, and rescales the masters when it is time."""
 
     def __init__(
-        self, adapter: Adapter, grid: Grid, rule: ClipRule | Scoped, tvr: TVR | None = None, policy: Policy | None = None, cap: float = 0.0
+        self,
+        adapter: Adapter,
+        grid: Grid,
+        rule: ClipRule | Scoped,
+        tvr: TVR | None = None,
+        policy: Policy | None = None,
+        norms: GradientNorms | None = None,
+        cap: float = 0.0,
     ):
-        self.adapter, self.grid, self.rule, self.tvr, self.cap = adapter, grid, rule, tvr, cap
+        self.adapter, self.grid, self.rule, self.tvr = adapter, grid, rule, tvr
+        self.cap = cap
+        """On the global norm, over a rule that does not know it; 0 for none."""
         self.policy = Policy(PolicyConfig()) if policy is None else policy
-        self.norms = GradientNorms(adapter, grid)
+        self.norms = GradientNorms(adapter, grid) if norms is None else norms
         self.read_loss: Callable[[], float] | None = None
         """Tells the step's global loss at the norm seam, to a rule that judges it (collective over the job); set by the loop."""
         self.norm: float | None = None
@@ -211,6 +220,7 @@ def build_controller(
     """The controller a config asks for. The JSON's ``gradient_clipping`` is a fixed cap over the adaptive rule (0: none), or the rule."""
     tvr = TVR(**config.tvr.model_dump(), tokens_per_step=tokens_per_step) if config.tvr is not None else None
     policy = Policy(config.policy, config.zclip.z_thresh if config.zclip is not None and config.zclip.scope == "global" else None)
-    rule = clipping_rule(config, adapter.cap, batch_size, GradientNorms(adapter, grid).layers)
-    knows_cap = isinstance(rule, FixedClip | ZClip)
-    return Controller(adapter, grid, rule, tvr, policy, 0.0 if knows_cap else adapter.cap)
+    norms = GradientNorms(adapter, grid)
+    rule = clipping_rule(config, adapter.cap, batch_size, norms.layers)
+    cap = 0.0 if isinstance(rule, FixedClip | ZClip) else adapter.cap
+    return Controller(adapter, grid, rule, tvr, policy, norms, cap)
