@@ -56,6 +56,14 @@ class GradientNorms:
         total = sum(squares.values())
         return {name: norm * math.sqrt(square / total) if total else 0.0 for name, square in squares.items()}
 
+    def by_layer(self, norm: float) -> dict[str, float]:
+        """The same by block (``layers.0``, ...); what lies outside the blocks keeps its name."""
+        squares = dict[str, float]()
+        for name, of_matrix in self.by_name(norm).items():
+            key = block_of(name, self.layers[name])
+            squares[key] = squares.get(key, 0.0) + of_matrix * of_matrix
+        return {key: math.sqrt(square) for key, square in squares.items()}
+
     def scale_(self, factors: Mapping[str, float]) -> None:
         """Multiply some matrices' gradients, on every rank that updates with them."""
         pieces = [piece for piece in self.adapter.reduced_gradients() if factors.get(piece.part.name, 1.0) != 1.0]
@@ -65,6 +73,11 @@ class GradientNorms:
     def _counts(self, piece: GradientPiece) -> bool:
         # Without partitions every data-parallel rank holds the same gradients: the first one contributes them.
         return (self.adapter.is_partitioned or self.grid.dp.rank == 0) and counts_here(piece.parameter, self.grid.tp.rank)
+
+
+def block_of(name: str, layer: int | None) -> str:
+    """The block a matrix belongs to, or its own name outside the blocks."""
+    return name if layer is None else f"layers.{layer}"
 
 
 def top_shares(squares: Mapping[str, float], count: int = 5) -> list[Share]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from megastab.stability.clip_rule import ClipDecision, RuleWithState
+from megastab.stability.gradient_norms import block_of
 from megastab.stability.rivals import AdaGC
 
 Scope = Literal["layer", "parameter"]
@@ -21,7 +22,7 @@ class Scoped:
 
     def __init__(self, make: Callable[[], RuleWithState], scope: Scope, layers: Mapping[str, int | None]):
         self.scope = scope
-        self._keys = {name: name if scope == "parameter" or layer is None else f"layers.{layer}" for name, layer in layers.items()}
+        self._keys = {name: name if scope == "parameter" else block_of(name, layer) for name, layer in layers.items()}
         self.rules = {key: make() for key in dict.fromkeys(self._keys.values())}
         self._kind = next((type(rule).__name__ for rule in self.rules.values()), "")
 

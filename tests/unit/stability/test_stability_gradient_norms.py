@@ -27,10 +27,12 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     job = jobs.start(config)
     tap, controller = jobs.GradientTap(job), job.built.controller
     told: list[dict[str, float]] = []
+    by_layer: list[dict[str, float]] = []
     squares: list[dict[str, float]] = []
 
     def listen(norm: float) -> None:
         told.append(controller.norms.by_name(norm))
+        by_layer.append(controller.norms.by_layer(norm))
         squares.append(controller.norms.squares())
         if len(told) == 2:
             controller.norms.scale_(FACTORS)
@@ -48,7 +50,14 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     wrapped_runs.set_factor(math.inf)
     job.step()
     tops.append(controller.top)
-    return {"steps": out, "loss_scale": float(scale), "layers": controller.norms.layers, "tops": tops, "nothing": nothing}
+    return {
+        "steps": out,
+        "loss_scale": float(scale),
+        "layers": controller.norms.layers,
+        "tops": tops,
+        "nothing": nothing,
+        "by_layer": by_layer[0],
+    }
 
 
 @functools.cache
@@ -104,6 +113,15 @@ def test_who_carried_a_bad_norm_is_known(name: str) -> None:
             assert bad == []  # an overflow the loss scale answers is nobody's
         else:
             assert len(bad) == 5 and all(share.share is None for share in bad)
+
+
+def test_norms_by_block_are_the_sums_of_their_matrices() -> None:
+    for rank in measured("bf16-tp2-pp2"):
+        _, told, _, _ = rank["steps"][0]
+        blocks = rank["by_layer"]
+        assert {"layers.0", "layers.1", "embedding", "final_norm", "head"} == blocks.keys()
+        second = [norm for name, norm in told.items() if name.startswith("layers.1.")]
+        assert len(second) == 9 and blocks["layers.1"] == pytest.approx(math.hypot(*second), rel=1e-12)
 
 
 def test_every_matrix_has_its_block() -> None:
