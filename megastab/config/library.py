@@ -129,7 +129,7 @@ def _wrong_optimizer(deepspeed: dict[str, Any]) -> list[str]:
     """A type we do not build is DeepSpeed's to judge."""
     kind = read(deepspeed, "optimizer.type")
     if kind is None:
-        return ["there is no optimizer: pass one, or write optimizer.type (AdamW, Adam, SGD) and optimizer.params."]
+        return ["there is no optimizer: pass one, or write optimizer.type (AdamW, Adam, SGD, OrthoAdam) and optimizer.params."]
     return wrong_optimizer(deepspeed) if canonical_type(str(kind)) else []
 
 

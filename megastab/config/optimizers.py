@@ -7,17 +7,19 @@ from typing import Any
 from megastab.config.nearest import did_you_mean
 from megastab.config.settings import read
 
-# Canonical name (torch.optim's) -> parameters, a subset of the class's signature: what is left out either has no meaning here
-# (fused, foreach: chosen by the device) or adds a state DeepSpeed's checkpoint tools do not know (amsgrad).
+# Canonical name (torch.optim's, or OrthoAdam) -> parameters, a subset of the class's signature: what is left out either has no meaning
+# here (fused, foreach: chosen by the device) or adds a state DeepSpeed's checkpoint tools do not know (amsgrad).
 OPTIMIZER_PARAMS: dict[str, tuple[str, ...]] = {
     "AdamW": ("lr", "betas", "eps", "weight_decay"),
     "Adam": ("lr", "betas", "eps", "weight_decay"),
     "SGD": ("lr", "momentum", "weight_decay", "nesterov"),
+    "OrthoAdam": ("lr", "betas", "eps", "weight_decay", "rotation", "axes", "seed", "haar_per", "max_axis", "rotate_vectors"),
 }
+_CHOICES = {"rotation": ("hadamard", "haar", "none"), "axes": ("last", "both"), "haar_per": ("width", "parameter")}
 
 
 def canonical_type(name: str) -> str | None:
-    """The torch.optim spelling of ``name``, whatever its case; None for an optimizer we do not build."""
+    """The class's own spelling of ``name``, whatever its case; None for an optimizer we do not build."""
     return {known.lower(): known for known in OPTIMIZER_PARAMS}.get(name.lower())
 
 
@@ -61,8 +63,12 @@ def _wrong_value(key: str, value: Any, params: dict[str, Any]) -> str | None:
         is_pair = isinstance(value, (list, tuple)) and len(value) == 2
         if not is_pair or not all(_is_number(beta) and 0 <= beta < 1 for beta in value):
             return f"{said} must be two numbers in [0, 1), e.g. [0.9, 0.95]."
-    if key == "nesterov" and not isinstance(value, bool):
+    if key in ("nesterov", "rotate_vectors") and not isinstance(value, bool):
         return f"{said} must be true or false."
+    if key in _CHOICES and value not in _CHOICES[key]:
+        return f"{said} must be one of {', '.join(_CHOICES[key])}."
+    if key in ("seed", "max_axis") and (not isinstance(value, int) or isinstance(value, bool) or value < (2 if key == "max_axis" else 0)):
+        return f"{said} must be a whole number from {2 if key == 'max_axis' else 0}."
     if key == "nesterov" and value and not params.get("momentum"):
         return f"{said} needs optimizer.params.momentum above 0."
     return None

@@ -96,7 +96,8 @@ def _type_name(annotation: Any, metadata: list[Any]) -> str:
 def _optimizers() -> str:
     rows = [(f"`{name}`", ", ".join(f"`{param}`" for param in params)) for name, params in OPTIMIZER_PARAMS.items()]
     introduction = (
-        "## `optimizer`\n\n`optimizer.type` names a class of torch.optim, whatever the case; `optimizer.params.lr` is required.\n\n"
+        "## `optimizer`\n\n`optimizer.type` names a class of torch.optim, or OrthoAdam, whatever the case; `optimizer.params.lr` is "
+        "required.\n\n"
     )
     return introduction + _table(("type", "params"), rows)
 

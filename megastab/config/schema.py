@@ -225,6 +225,9 @@ class PolicyConfig(Section):
     """Run the first non-finite step again without an update to find the tensor, module, rank and micro-batch it began in."""
     on_spike: Literal["clip", "skip"] = "clip"
     """A norm whose z is above ``zclip.z_thresh``: clip it, or leave out the step (weights, moments, schedule and statistics)."""
+    norm_spike: PositiveFloat | None = 6.0
+    """Under a rule that keeps no score of the global norm (the fixed cap, ``autoclip``, ``adagc``, a ``scope``): standard score by
+    ZClip's statistics above which a norm is written down with who carried it. Nothing else is done; ``null``: none is."""
     loss_spike: PositiveFloat | None = 6.0
     """Robust standard score (median and MAD of the last 128 good losses) above which a loss is an outlier; ``null``: none is."""
     rewind_after: PositiveInt | None = 8

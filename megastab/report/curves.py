@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TRAIN, VALID, NORM, CLIP, SKIP, CAP, RATE = "#4C78A8", "#E45756", "#54A24B", "#F58518", "#B2182B", "#7F7F7F", "#72569C"
 LOSS_SPIKE, RESCALE, BAND = "#E7298A", "#9D755D", "#B79A20"
-NO_LINES = ("save", "skip", "clip", "loss_spike", "replay", "rescale")  # a save is no news; the others have their own marks
+NO_LINES = ("save", "skip", "clip", "norm_spike", "loss_spike", "replay", "rescale")  # a save is no news; the others have their own marks
 EVENT = {"resume": "#7F7F7F", "rewind": "#B2182B", "warning": "#E6AB02"}
 SMOOTHED_FROM_STEPS = 200  # below, the line itself is readable
 WINDOW_SHARE = 50  # the running median spans 1/50 of the run

@@ -17,7 +17,7 @@ from megastab.stability.fixed_clip import FixedClip, capped
 from megastab.stability.gradient_norms import GradientNorms, Share, top_shares
 from megastab.stability.policy import Policy, Verdict
 from megastab.stability.record import StepRecord
-from megastab.stability.rivals import SkipStep
+from megastab.stability.rivals import AutoClip, SkipStep
 from megastab.stability.scoped import Scoped
 from megastab.stability.tvr import TVR, RescaleEvent
 from megastab.stability.zclip import ZClip
@@ -45,6 +45,11 @@ class Controller:
         """On the global norm, over a rule that does not know it; 0 for none."""
         self.policy = Policy(PolicyConfig()) if policy is None else policy
         self.norms = GradientNorms(adapter, grid) if norms is None else norms
+        spike = self.policy.config.norm_spike
+        # ZClip's statistics without its clipping, for a rule that has none and would let a spike pass without a word.
+        self._watch = ZClip(z_thresh=spike, max_nonfinite_in_a_row=None) if spike and not isinstance(rule, ZClip | SkipStep) else None
+        self.norm_spike = ""
+        """Why the norm is one, where the rule does not say; empty otherwise."""
         self.read_loss: Callable[[], float] | None = None
         """Tells the step's global loss at the norm seam, to a rule that judges it (collective over the job); set by the loop."""
         self.norm: float | None = None
@@ -85,7 +90,7 @@ class Controller:
             self._rehearsed.append(norm)
             self.adapter.skip()
             return
-        self.norm, self.rescaled, self.top, self.warning, self._has_looked = norm, [], [], "", False
+        self.norm, self.rescaled, self.top, self.norm_spike, self.warning, self._has_looked = norm, [], [], "", "", False
         self.is_overflow = not math.isfinite(norm) and self.adapter.scaler_recovers()
         if self.is_overflow:  # fed to nothing, counted by nobody
             self.decision = ClipDecision(None, 0.0, None, "skip", "overflow: the fp16 loss scale falls")
@@ -110,7 +115,8 @@ class Controller:
             decision = self.policy.at_norm(norm, capped(decided, norm, self.cap))
         except FloatingPointError as error:
             collectives.fail_alike(f"training stopped: {error}. Resume from the last checkpoint with a lower optimizer.params.lr")
-        if decision.reason:
+        self.norm_spike = self._spike(norm) if self._watch is not None else ""
+        if decision.reason or self.norm_spike:
             self.top = top_shares(self.norms.squares())  # before anything is scaled, and only for a step that stands out
         self._watch_cap(norm, decision)
         if not factors or decision.action == "skip":
@@ -118,10 +124,15 @@ class Controller:
         self.norms.scale_(factors)  # each matrix by its own factor; the wrapper has the cap's to apply
         return decision, min(1.0, decision.scale / decided.scale)
 
+    def _spike(self, norm: float) -> str:
+        assert self._watch is not None
+        z = self._watch.observe(norm).z
+        return f"norm {norm:.6g} is {z:.3g} deviations above its recent mean" if z is not None and z > self._watch.z_thresh else ""
+
     def _watch_cap(self, norm: float, decision: ClipDecision) -> None:
         """Tell once where the cap decides about most steps, and the adaptive rule about few."""
         cap = self.adapter.cap
-        if not cap or self._has_told_cap or isinstance(self.rule, FixedClip):
+        if not cap or self._has_told_cap or not isinstance(self.rule, ZClip | AutoClip):
             return
         self._bound.append(decision.threshold == cap and decision.action == "clip")
         if len(self._bound) == CAP_WINDOW and sum(self._bound) > CAP_WINDOW / 2:
@@ -195,7 +206,9 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """Plain values, equal on every rank."""
         tvr = self.tvr.state_dict() if self.tvr is not None else {}
-        return {"clip": self.rule.state_dict(), "tvr": tvr, "policy": self.policy.state_dict(), "clip_rate": self.clip_rate}
+        watch = {} if self._watch is None else self._watch.state_dict()
+        policy = self.policy.state_dict()
+        return {"clip": self.rule.state_dict(), "tvr": tvr, "policy": policy, "watch": watch, "clip_rate": self.clip_rate}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Go on from a checkpoint; what it does not know, or another rule's state, starts fresh. Returns what differs, in words."""
@@ -210,6 +223,8 @@ class Controller:
             self.tvr.load_state_dict(state["tvr"])
         if state.get("policy"):
             self.policy.load_state_dict(state["policy"])
+        if self._watch is not None and state.get("watch"):
+            self._watch.load_state_dict(state["watch"])
         self.clip_rate = float(state.get("clip_rate", 0.0))
         return differs
 

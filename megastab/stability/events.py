@@ -30,6 +30,8 @@ def events_of_step(controller: Controller, record: StepRecord, verdict: Verdict,
     events = []
     if record.reason:
         events.append(Event(record.step, record.action if record.action != "apply" else "warning", record.reason, facts))
+    elif controller.norm_spike:
+        events.append(Event(record.step, "norm_spike", controller.norm_spike, facts))
     if verdict.loss_spike:
         events.append(Event(record.step, "loss_spike", verdict.loss_spike, {**facts, "loss_z": controller.policy.losses.z}))
     for each in controller.rescaled:

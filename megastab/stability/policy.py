@@ -7,6 +7,8 @@
                                                     ``max_nonfinite_in_a_row`` in a row ends the run
     a norm whose z is above ``zclip.z_thresh``      clip it, or skip the step (``on_spike``); never a bad step by itself, or
                                                     ZClip's way out of a new level could never act
+    a norm above ``norm_spike`` where no rule       written down, with the matrices that carried it
+    keeps a score
     a loss whose robust z is above ``loss_spike``   the step is taken, and counted as bad
     ``rewind_after`` bad steps in a row             go back to the last good checkpoint, and on without the samples between
 

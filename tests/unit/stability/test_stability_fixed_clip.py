@@ -145,6 +145,25 @@ def test_a_cap_that_leaves_zclip_nothing_to_do_is_told_once() -> None:
         assert controller.warning == ""
 
 
+def test_a_fixed_cap_leaves_a_word_about_a_spike() -> None:
+    adapter = Norms()
+    controller = Controller(adapter, Grid(), FixedClip(1.0))
+    told = []
+    for step in range(60):
+        adapter.tell(50.0 if step == 40 else 3.0 + 0.1 * (step % 3))
+        told.append(controller.norm_spike)
+    assert [i for i, said in enumerate(told) if said] == [40] and "norm 50 is" in told[40]
+    assert all(done == pytest.approx(1 / 3, rel=0.1) for i, done in enumerate(adapter.done) if i != 40)  # decides nothing
+    again = Controller(Norms(), Grid(), FixedClip(1.0))
+    again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    again.adapter.tell(50.0)
+    assert again.norm_spike  # warmed up already
+    silent = Controller(Norms(), Grid(), FixedClip(1.0), policy=Policy(PolicyConfig(norm_spike=None)))
+    for step in range(60):
+        silent.adapter.tell(50.0 if step == 40 else 3.0)
+        assert not silent.norm_spike
+
+
 def test_clip_rate_follows_what_is_done() -> None:
     adapter = Norms()
     controller = Controller(adapter, Grid(), FixedClip(2.0))
