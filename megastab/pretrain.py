@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.deepspeed_config, args.overrides, args.world_size if args.dry_run else None)
         if args.dry_run:
             from megastab.plan.plan import plan
+            from megastab.plan.text import render
 
-            print(plan(config))
+            print(render(plan(config)))
             return 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank reads the same file and finds the same fault

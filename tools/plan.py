@@ -23,12 +23,13 @@ def main() -> None:
     from megastab.config.errors import UserError
     from megastab.config.load import load_config
     from megastab.plan.plan import plan
+    from megastab.plan.text import render
 
     try:
         made = plan(load_config(arguments.config, arguments.overrides, arguments.world_size))
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(made.to_json(), indent=2) if arguments.json else made)
+    print(json.dumps(made.to_json(), indent=2) if arguments.json else render(made))
 
 
 if __name__ == "__main__":

@@ -90,11 +90,6 @@ class Plan:
         peaks = [{**asdict(stage), "peak": stage.peak, "activations_peak": stage.activations.peak} for stage in self.stages]
         return {**asdict(self), **derived, "stages": peaks}
 
-    def __str__(self) -> str:
-        from megastab.plan.text import render
-
-        return render(self)
-
 
 def plan(config: Config) -> Plan:
     """The plan of ``config`` for the ranks it was loaded for.

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from megastab.report.bench.cases import BATCH, LEARNING_RATE, SEQ, SIZES, Spec
-from megastab.report.bench.child import Turns
+from megastab.report.bench.turns import Turns
 
 
 class RandomTokens(Dataset[dict[str, torch.Tensor]]):

@@ -13,6 +13,7 @@ from megastab.config.errors import UserError
 from megastab.config.load import load_config
 from megastab.plan.parameters import stages
 from megastab.plan.plan import plan
+from megastab.plan.text import render
 from megastab.plan.units import amount, flops, size, table
 from megastab.wrappers.choice import wrapper_name
 from tests.unit.plan.jobs import small_config
@@ -91,7 +92,7 @@ def test_the_peak_is_the_larger_of_two_moments() -> None:
 
 def test_the_page_says_what_matters() -> None:
     config = small_config(4, parallel={"tensor": 2, "pipeline": 2, "sequence": True}, bf16={"enabled": True})
-    page = str(plan(config))
+    page = render(plan(config))
     for said in (
         "4 ranks = tensor 2 x pipeline 2 x data 1, sequence parallel",
         "bf16, ZeRO 1, DeepSpeed wrapper: BF16_Optimizer; AdamW",
@@ -131,7 +132,8 @@ def test_the_command_plans_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "64 ranks = tensor 8 x pipeline 2 x data 4" in done.stdout
     code = "import sys; from megastab.config.load import load_config; from megastab.plan.plan import plan; "
-    code += f"str(plan(load_config({str(LLAMA_7B)!r}, world_size=8))); assert not {{'torch', 'deepspeed', 'numpy'}} & sys.modules.keys()"
+    code += "from megastab.plan.text import render; "
+    code += f"render(plan(load_config({str(LLAMA_7B)!r}, world_size=8))); assert not {{'torch', 'deepspeed', 'numpy'}} & sys.modules.keys()"
     assert run("-c", code).returncode == 0
 
 
