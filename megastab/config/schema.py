@@ -229,7 +229,8 @@ class PolicyConfig(Section):
     """Under a rule that keeps no score of the global norm (the fixed cap, ``autoclip``, ``adagc``, a ``scope``): standard score by
     ZClip's statistics above which a norm is written down with who carried it. Nothing else is done; ``null``: none is."""
     loss_spike: PositiveFloat | None = 6.0
-    """Robust standard score (median and MAD of the last 128 good losses) above which a loss is an outlier; ``null``: none is."""
+    """Robust standard score (median and interquartile range of the last 128 good losses) above which a loss is an outlier; ``null``:
+    none is."""
     rewind_after: PositiveInt | None = 8
     """Bad steps in a row (not finite, or a loss outlier; a clipped step is never bad) after which to go back to the last good
     checkpoint; ``null``: never."""

@@ -1,19 +1,21 @@
 """Losses that stand out from the run's recent ones, by a score that no single outlier can move.
 
-    z = (loss - median) / max(1.4826 MAD, 0.1 % of the median)      over the last 128 losses that were no outliers
+    z = (loss - median) / max(interquartile range / 1.349, 0.1 % of the median)      over the last 128 losses that were no outliers
 
-1.4826 MAD is the standard deviation of a Gaussian; unlike the sample's it does not grow with the outlier it is to judge.
+The interquartile range over 1.349 is the standard deviation of a Gaussian; unlike the sample's it does not grow with the outlier it is
+to judge, and from a list kept in order it costs two look-ups a step.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
-from statistics import median
 from typing import Any
 
 WINDOW, FEWEST = 128, 32  # steps remembered; steps before anything is judged
 FLOOR = 1e-3  # of the median: a run whose loss has gone flat is not to be judged by rounding
+IQR_TO_STD = 1 / 1.349  # Gaussian
 
 
 class LossSpikes:
@@ -21,7 +23,8 @@ class LossSpikes:
 
     def __init__(self, threshold: float | None):
         self.threshold = threshold
-        self.window: deque[float] = deque(maxlen=WINDOW)
+        self.window: deque[float] = deque()
+        self._ordered: list[float] = []
         self.z: float | None = None
         """Score of the last loss; None while too few are known."""
 
@@ -31,17 +34,20 @@ class LossSpikes:
         if not math.isfinite(loss):
             return False  # the step was not finite, which is another matter
         if self.threshold is not None and len(self.window) >= FEWEST:
-            middle = median(self.window)
-            spread = 1.4826 * median(abs(x - middle) for x in self.window)
-            self.z = (loss - middle) / max(spread, FLOOR * abs(middle), 1e-12)
+            first, middle, third = (self._ordered[len(self._ordered) * quarter // 4] for quarter in (1, 2, 3))
+            self.z = (loss - middle) / max((third - first) * IQR_TO_STD, FLOOR * abs(middle), 1e-12)
             if self.z > self.threshold:
                 return True
+        if len(self.window) == WINDOW:
+            del self._ordered[bisect_left(self._ordered, self.window.popleft())]
         self.window.append(loss)
+        insort(self._ordered, loss)
         return False
 
     def restart(self) -> None:
         """Forget: the run has been taken back, or what it trains on has changed."""
         self.window.clear()
+        self._ordered.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -49,4 +55,5 @@ class LossSpikes:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as if never interrupted."""
-        self.window = deque(state["window"], maxlen=WINDOW)
+        self.window = deque(state["window"])
+        self._ordered = sorted(self.window)
