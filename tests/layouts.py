@@ -23,6 +23,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}},
     # eps well above rounding: Adam divides by |g|, and near g = 0 the order of a sum would decide the sign of a whole step.
     "AdamW": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}},
+    "OrthoAdam": {"type": "OrthoAdam", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}},
 }
 
 

@@ -18,7 +18,8 @@ from megastab.model.init import init_weights
 from megastab.model.mlp import MLP
 from megastab.model.stages import layer_specs, pipeline_loss
 from megastab.model.transformer import Transformer
-from megastab.optim.groups import build_optimizer, describe_groups
+from megastab.optim.groups import build_optimizer, describe_optimizer
+from megastab.optim.ortho_binding import bind_ortho_adam
 from megastab.optim.schedules import build_schedule
 from megastab.parallel.grid import Grid
 from megastab.stability.controller import Controller, build_controller
@@ -79,7 +80,7 @@ def build(config: Config, grid: Grid) -> Built:
         torch.use_deterministic_algorithms(True)
     module = build_module(config, grid)
     optimizer = build_optimizer(config.optimizer_type, config.optimizer_params, module.parameters())
-    groups = describe_groups(optimizer.param_groups)  # before ZeRO replaces the parameters by flat partitions
+    groups = describe_optimizer(optimizer)  # before ZeRO replaces the parameters by flat partitions
     schedule = build_schedule(
         optimizer,
         block.schedule.kind,
@@ -97,6 +98,8 @@ def build(config: Config, grid: Grid) -> Built:
             mpu=grid.mpu() if grid.pp.size == 1 else None,
         )
     adapter = bind(engine, grid)
+    if rotated := bind_ortho_adam(adapter, grid):
+        groups = f"{groups}\n  OrthoAdam: {rotated}"
     complete_gradients(adapter)
     if block.run.compile:
         compile_blocks(engine.module, is_partitioned=config.zero_stage == 3)

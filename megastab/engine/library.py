@@ -28,6 +28,8 @@ from megastab.engine.foreign_grid import grid_of
 from megastab.engine.launch import start_job
 from megastab.engine.step import complete_gradients
 from megastab.optim.groups import build_optimizer
+from megastab.optim.ortho_adam import OrthoAdam
+from megastab.optim.ortho_binding import bind_ortho_adam
 from megastab.parallel import collectives
 from megastab.parallel.foreign import without_role
 from megastab.parallel.grid import Grid
@@ -100,7 +102,8 @@ def initialize(
         model: any module, or a ``PipelineModule``.
         model_parameters: parameters or groups of them; None for all of ``model``'s. Plain parameters get weight decay by role.
         config: the JSON, as a path or a dict; DeepSpeed's keys beside ``{"megastab": {"stability": ...}}``.
-        optimizer: instead of the JSON's; without one, AdamW, Adam and SGD are torch's own in their fused form.
+        optimizer: instead of the JSON's; without one, AdamW, Adam and SGD are torch's own in their fused form,
+            and OrthoAdam is ours.
         lr_scheduler: as for DeepSpeed.
         training_data: as for DeepSpeed.
         mpu: of a tensor-parallel model.
@@ -170,6 +173,8 @@ def _build_optimizer(kind: tuple[str, dict[str, Any]], model: nn.Module, model_p
     name, params = kind
     given = list(model.parameters() if model_parameters is None else model_parameters)
     if given and isinstance(given[0], dict):
+        if name == "OrthoAdam":
+            return OrthoAdam(given, **params)
         return getattr(torch.optim, name)(given, **params, fused=True)  # the caller has decided what decays
     return build_optimizer(name, params, given)
 
@@ -185,6 +190,9 @@ def _install(engine: Any, stability: StabilityConfig, is_uncapped: bool = False)
     grid = grid_of(engine)
     adapter = bind(engine, grid)
     adapter.tp = grid.tp
+    rotated = bind_ortho_adam(adapter, grid)
+    if rotated and collectives.world()[0] == 0:
+        log.info("OrthoAdam: %s", rotated)
     adapter.cap = 0.0 if is_uncapped else adapter.cap
     if grid.pp.size > 1:
         complete_gradients(adapter)

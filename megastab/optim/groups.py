@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megastab.optim.ortho_adam import OrthoAdam
 from megastab.parallel.param_info import info_of
 
 
@@ -42,14 +43,31 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
     return "; ".join(lines)
 
 
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """:func:`describe_groups`, also of an OrthoAdam that keeps one group and decays by role."""
+    groups = optimizer.param_groups
+    if isinstance(optimizer, OrthoAdam) and optimizer.decay_by_role:
+        groups = [found for group in groups for found in decay_groups(group["params"], group["weight_decay"])]
+    return describe_groups(groups)
+
+
 def build_optimizer(kind: str, params: dict[str, Any], parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """torch's optimizer of that name; AdamW and Adam in their fused form (DeepSpeed's would be compiled for minutes).
+    """OrthoAdam, or torch's optimizer of that name; AdamW and Adam in their fused form (DeepSpeed's would be compiled for minutes).
 
     Args:
-        kind: class name in ``torch.optim``.
+        kind: ``OrthoAdam``, or a class name in ``torch.optim``.
         params: its arguments, from the JSON.
         parameters: of the module, in module order.
     """
+    if kind == "OrthoAdam":
+        return _ortho_adam(params, [p for p in parameters if p.requires_grad])
     groups = decay_groups(parameters, float(params.get("weight_decay", 0.0)))
     fused = {"fused": True} if kind in ("Adam", "AdamW", "SGD") else {}
     return getattr(torch.optim, kind)(groups, **params, **fused)
+
+
+def _ortho_adam(params: dict[str, Any], trainable: list[nn.Parameter]) -> OrthoAdam:
+    """One group where it rotates: the binding knows what decays, and ZeRO then pays one exchange a step and not one a group."""
+    if params.get("rotation") == "none":
+        return OrthoAdam(decay_groups(trainable, float(params.get("weight_decay", OrthoAdam.WEIGHT_DECAY))), **params)
+    return OrthoAdam(trainable, **params, decay_by_role=True)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -25,6 +25,9 @@ from megastab.config.errors import UserError
 from megastab.optim.ortho_plan import FlatPlan, Segment, plan_flat
 from megastab.optim.rotation import Rotation, RotationKind, rotation_of, true_fp32
 from megastab.optim.row_step import Pace, Views
+from megastab.parallel import collectives
+from megastab.parallel.foreign import foreign_info
+from megastab.parallel.param_info import ParamInfo, Part, info_of
 
 Axes = Literal["last", "both"]
 FORMAT = 1  # of the moments' coordinates
@@ -56,13 +59,15 @@ class OrthoAdam(Optimizer):
         UserError: a setting out of range, or a width that cannot be rotated.
     """
 
+    WEIGHT_DECAY = 0.1
+
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        weight_decay: float = 0.1,
+        weight_decay: float = WEIGHT_DECAY,
         rotation: RotationKind = "hadamard",
         axes: Axes = "last",
         seed: int = 0,
@@ -82,7 +87,8 @@ class OrthoAdam(Optimizer):
         self.decay_by_role = decay_by_role
         self.plans: dict[int, FlatPlan] | None = None
         """By id of the tensor the optimizer is stepped on; set by binding."""
-        self._own: dict[int, tuple[Tensor, FlatPlan | None]] = {}
+        self._own: dict[int, nn.Parameter] = {}
+        self._alone: dict[int, FlatPlan] = {}
         self._rotations: dict[tuple[str, int], Rotation] = {}
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, **self.settings})
 
@@ -98,7 +104,8 @@ class OrthoAdam(Optimizer):
             raise UserError(f"OrthoAdam: a parameter group cannot set {', '.join(other)}: they hold for the whole optimizer")
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            self._own[id(parameter)] = (parameter, None)
+            self._own[id(parameter)] = parameter
+        self._alone = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; moments of other rotations are refused.
@@ -112,8 +119,8 @@ class OrthoAdam(Optimizer):
 
     def _check_settings(self, group: Mapping[str, Any], said: str) -> None:
         wrong = [f"{key} {group.get(key)} and not {mine}" for key, mine in self.settings.items() if group.get(key) != mine]
-        if wrong:
-            raise UserError(
+        if wrong:  # every rank loads the same settings, so every rank gets here
+            collectives.fail_alike(
                 f"OrthoAdam: {said} {', '.join(wrong)}: in other coordinates they mean nothing. Resume with the settings the run was "
                 "saved with, or begin anew from its weights"
             )
@@ -188,37 +195,46 @@ class OrthoAdam(Optimizer):
             if id(parameter) not in self.plans:
                 raise UserError(f"OrthoAdam: {self.name_of(parameter)} is not part of the engine's module, so nothing tells its rows")
             return self.plans[id(parameter)]
-        own, plan = self._own.get(id(parameter), (None, None))
-        if own is None:
+        if id(parameter) not in self._own:
             raise RuntimeError(
                 "OrthoAdam is asked to step a tensor it was not built over: DeepSpeed has replaced the parameters by flat partitions, "
                 "whose rows it cannot tell. Build the engine with megastab.initialize, or call megastab.attach(engine) before the first "
                 "step"
             )
-        if plan is None:
-            if not any(any(self._axes_alone(held)) for held, _ in self._own.values()):
+        if not self._alone:
+            self._alone = {key: self._plan_alone(held) for key, held in self._own.items()}
+            if not any(plan.whole for plan in self._alone.values()):
                 raise UserError(
                     f"OrthoAdam: none of {len(self._own)} parameters has an axis to rotate (vectors are left alone, and axes longer than "
                     f"max_axis = {self.settings['max_axis']}): use AdamW, or rotate_vectors, or another max_axis"
                 )
-            plan = self._plan_alone(parameter, self.name_of(parameter))
-            self._own[id(parameter)] = (parameter, plan)
-        return plan
+        return self._alone[id(parameter)]
 
-    def _plan_alone(self, parameter: Tensor, name: str) -> FlatPlan:
-        width, height = self._axes_alone(parameter)
-        segment = Segment(name, 0, 0, parameter.numel(), width, not self.decay_by_role or parameter.ndim > 1)
+    def _plan_alone(self, parameter: nn.Parameter) -> FlatPlan:
+        info, offset, segments = info_of(parameter) or foreign_info(parameter, self.name_of(parameter)), 0, []
+        for part in info.parts:
+            width = info.width or 1
+            segments.append(self.segment(parameter, info, part, offset, part.start * width, part.rows * width))
+            offset += part.rows * width
+        return plan_flat(segments, self.rotation_for)
+
+    def segment(self, parameter: nn.Parameter, info: ParamInfo, part: Part, offset: int, first: int, length: int) -> Segment:
+        """How elements [first, first + length) of a matrix, which lie at ``offset`` of what is stepped, are to be treated."""
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        decays = not self.decay_by_role or (info.decays if info_of(parameter) is not None else len(shape) > 1)
+        plain = Segment(part.name, offset, first, length, self.row_width(parameter, info, part), decays)
+        height = self.width_of(part.global_rows) if self.settings["axes"] == "both" and len(shape) == 2 else 0
         if not height:
-            return plan_flat([segment], self.rotation_for)
-        left, right = self.rotation_for(f"{name}|columns", height), self.rotation_for(name, width) if width else None
-        return FlatPlan([(replace(segment, width=parameter.shape[1], left=left), right)], [])
+            return plain
+        left = self.rotation_for(f"{part.name}|columns", height)
+        return replace(plain, width=shape[-1], left=left, turns_rows=plain.width > 0)
 
-    def _axes_alone(self, parameter: Tensor) -> tuple[int, int]:
-        """(width of the rows, length of the columns) an ordinary parameter is rotated with; 0 for an axis left alone."""
-        shape = parameter.shape
-        is_row = parameter.ndim > 1 or (parameter.ndim == 1 and self.settings["rotate_vectors"])
-        width = self.width_of(shape[-1]) if is_row else 0
-        return width, self.width_of(shape[0]) if self.settings["axes"] == "both" and parameter.ndim == 2 else 0
+    def row_width(self, parameter: nn.Parameter, info: ParamInfo, part: Part) -> int:
+        """The width a matrix's rows are rotated with; 0 for one whose rows are left alone."""
+        if info.width is None:
+            return self.width_of(part.global_rows) if self.settings["rotate_vectors"] else 0
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        return self.width_of(shape[-1] if info_of(parameter) is None else info.width)
 
     def width_of(self, length: int) -> int:
         """The width an axis is rotated with; 0 for one that is left alone (of one element, or longer than ``max_axis``)."""

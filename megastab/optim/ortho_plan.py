@@ -36,6 +36,8 @@ class Segment:
     decays: bool = True
     left: Rotation | None = None
     """Of a whole matrix whose columns are rotated too."""
+    turns_rows: bool = True
+    """Whether the rows of such a matrix are."""
 
     @property
     def stop(self) -> int:
@@ -68,6 +70,8 @@ class CutRows:
     """The cut rows of one flat tensor and their exchange."""
 
     group: Group
+    total: int = 0
+    """Cut rows on all ranks of the group."""
     rows: list[CutRow] = field(default_factory=list)
     size: int = 0
     """Elements of the workspace."""
@@ -154,7 +158,9 @@ def plan_flat(
     """
     plan = FlatPlan([], [s for s in segments if not s.width])
     for segment in segments:
-        if segment.width:
+        if segment.left is not None:
+            plan.whole.append((segment, rotation_for(segment.name, segment.width) if segment.turns_rows else None))
+        elif segment.width:
             first, stop = -(-segment.first // segment.width) * segment.width, segment.stop // segment.width * segment.width
             if first < stop:
                 plan.whole.append((segment.cut(first, stop), rotation_for(segment.name, segment.width)))
@@ -201,7 +207,7 @@ def _plan_cuts(
     device: torch.device | str,
 ) -> CutRows:
     held = {(s.name, row, s.width): s for s in segments if s.width for row in _broken(s.first, s.stop, s.width)}
-    cuts, own_flat, own_here = CutRows(group), [], []
+    cuts, own_flat, own_here = CutRows(group, len(owners)), [], []
     send: list[list[Tensor]] = [[] for _ in range(num_ranks)]
     receive: list[list[Tensor]] = [[] for _ in range(num_ranks)]
     for key, parts in owners.items():

@@ -125,6 +125,10 @@ class Adapter(ABC):
         """Every fp32 master piece this rank owns, in parameter order."""
 
     @abstractmethod
+    def stepped(self) -> list[Tensor]:
+        """The tensors the client optimizer is stepped on, in one order on all data-parallel ranks; every master lies in one of them."""
+
+    @abstractmethod
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """This rank's accumulated gradient before it is reduced over data-parallel ranks; None where there is none."""
 

@@ -95,6 +95,10 @@ class BF16Adapter(Adapter):
         for parameter in self.parameters():
             yield from linked_fragment(self, parameter)
 
+    def stepped(self) -> list[Tensor]:
+        """One flat partition a group."""
+        return list(self.optimizer.fp32_groups_flat_partition)
+
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The fp32 accumulation buffer of this step."""
         gradient = getattr(parameter, "_hp_grad", None)

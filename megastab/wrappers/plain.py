@@ -47,6 +47,10 @@ class PlainAdapter(Adapter):
             flat = parameter.data.view(-1)
             yield from split_parts(parameter, self.info(parameter), 0, flat, flat)
 
+    def stepped(self) -> list[Tensor]:
+        """The parameters themselves."""
+        return list(self.parameters())
+
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The accumulated ``.grad``."""
         return parameter.grad

@@ -67,6 +67,10 @@ class Zero12Adapter(Adapter):
         for parameter in self.parameters():
             yield from linked_fragment(self, parameter)
 
+    def stepped(self) -> list[Tensor]:
+        """One flat partition a group."""
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """What stage 1 will reduce: ``.grad``, or the fp32 accumulator where accumulation is wider than the weights."""
         return self.optimizer.get_gradient_for_reduction(parameter)

@@ -71,6 +71,10 @@ class Zero3Adapter(Adapter):
             master = self.optimizer.fp32_partitioned_groups_flat[group].data.narrow(0, int(offset), low.numel())
             yield from split_parts(parameter, self.info(parameter), first, master, low)
 
+    def stepped(self) -> list[Tensor]:
+        """One flat partition a sub-group."""
+        return list(self.optimizer.fp32_partitioned_groups_flat)
+
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """None: gradients are reduced and partitioned as they appear."""
         return None

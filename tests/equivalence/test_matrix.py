@@ -4,8 +4,8 @@ Tolerances, all relative, fp32:
 
 * loss and norm 2e-6 over 8 steps: a few fp32 roundings (6e-8) of sums taken in another order, amplified by 8 updates;
 * gradient of the first step 1e-5 of its matrix's largest entry: one backward, where small entries are differences of larger terms;
-* weights after 8 steps 1e-5 of the matrix's largest with SGD-momentum (linear in the gradient), 1e-4 with AdamW, which divides by
-  sqrt(v): where |g| is near eps = 1e-6, rounding of g moves the weight by a share of the learning rate. 5e-4 for biases with
+* weights after 8 steps 1e-5 of the matrix's largest with SGD-momentum (linear in the gradient), 1e-4 with AdamW and OrthoAdam, which
+  divide by sqrt(v): where |g| is near eps = 1e-6, rounding of g moves the weight by a share of the learning rate. 5e-4 for biases with
   AdamW: they start at 0, so the largest is the distance travelled, and one entry with |g| = 1e-7 < eps was seen to be 1.6e-4 of it off.
 
 GPT's key bias shifts all scores of a query alike, so softmax removes it: its gradient is 0 and what is computed is rounding. Its
@@ -27,7 +27,7 @@ from tests import jobs
 from tests.layouts import GLOBAL_BATCH, GPT, SEQ, SINGLE, STEPS, Layout, config_of
 from tests.ranks import RankFailed, run_ranks
 
-LOSS_AND_NORM, GRADIENT, WEIGHT, ADAM_BIAS = 2e-6, 1e-5, {"SGD": 1e-5, "AdamW": 1e-4}, 5e-4
+LOSS_AND_NORM, GRADIENT, WEIGHT, ADAM_BIAS = 2e-6, 1e-5, {"SGD": 1e-5, "AdamW": 1e-4, "OrthoAdam": 1e-4}, 5e-4
 # bf16 rounds to 4e-3 and fp16 to 5e-4; the loss averages 192 tokens, the norm some thousand entries of correlated error.
 # Measured over the rows: loss 2.8e-4 and 5e-5, norm 4e-3 and 6e-4.
 LOW_LOSS = {"bf16": 1e-3, "fp16": 2e-4}
@@ -71,6 +71,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "skip_step": {"stability": {"skip_step": {"rolling_interval_length": 4, "sigma_factor": 0.1}}},
     "skip_spikes": {"stability": {"zclip": CLIPS_SOME, "policy": {"on_spike": "skip"}}},
     "gqa2_clipped": {"model": {"num_kv_heads": 2}, "ds__gradient_clipping": 0.2},
+    "ortho": {"model": {"num_kv_heads": 2}},
+    "ortho_48": {"model": {"hidden_size": 48, "ffn_hidden_size": 80, "tie_embeddings": True}},  # rows cut by partitions
+    "ortho_haar": {"model": {"tie_embeddings": True}, "ds__optimizer__params": {"rotation": "haar"}},
 }
 # Parts of the names of models some of whose steps are clipped or skipped.
 RESCALING = ("tvr", "stable")
@@ -91,6 +94,11 @@ class Row:
 
 def rows(model: str, *layouts: Layout, dtype: str = "fp32") -> list[Row]:
     return [Row(layout, model, dtype) for layout in layouts]
+
+
+def optimizers_of(model: str) -> list[str]:
+    """The optimizers a model is trained with: the two ordinary ones, or OrthoAdam alone."""
+    return [kind for kind in WEIGHT if (kind == "OrthoAdam") == model.startswith("ortho")]
 
 
 TP2, TP4, PP2, DP2 = Layout(2, tp=2), Layout(4, tp=4), Layout(2, pp=2, accumulation=3), Layout(2)
@@ -138,6 +146,9 @@ FP32 = [
     *rows("stable", TP2, TP4, PP2, TP2_PP2, TP2_PP2_SP, DP2, Z1_DP2, Z2_DP2, Z3_DP2, Z1_PP2_DP2),
     *rows("stable", *(Layout(4, tp=2, sp=True, zero=stage) for stage in (1, 2, 3)), Layout(2, zero=2, offload=True)),
     *rows("gqa2_stable", TP4, TP4_SP, *(Layout(4, tp=4, sp=True, zero=stage) for stage in (1, 3))),
+    *rows("ortho", TP2, PP2, TP2_PP2_SP, DP2, Layout(4, tp=4), Z1_PP2_DP2),
+    *rows("ortho_48", Z1_DP2, Z2_DP2, Z3_DP2, Layout(3, zero=3), Layout(4, tp=2, zero=3), Layout(2, zero=2, offload=True)),
+    *rows("ortho_haar", TP2_PP2, Layout(3, zero=3)),
 ]  # fmt: skip
 
 
@@ -152,13 +163,16 @@ LOW = [
     *rows("large_tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),  # ranks with nothing to count
     *rows("dropout", Layout(2, zero=1, accumulation=2), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("llama", Layout(2, tp=2, zero=1), Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="fp16"),
+    *rows("ortho", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z2_DP2, dtype="bf16"),
+    *rows("ortho_48", Z1_DP2, Z3_DP2, dtype="bf16"),
+    *rows("ortho_48", Z2_DP2, dtype="fp16"),
 ]  # fmt: skip
 
 
 def train_all(layout: Layout, cells: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, jobs.Report]]:
-    """On a rank: every (model, dtype) of one layout, with both optimizers, one engine after another."""
+    """On a rank: every (model, dtype) of one layout, with each of its optimizers, one engine after another."""
     return {
-        (model, dtype): {kind: jobs.train(config_of(layout, kind, dtype, **MODELS[model]), STEPS) for kind in WEIGHT}
+        (model, dtype): {kind: jobs.train(config_of(layout, kind, dtype, **MODELS[model]), STEPS) for kind in optimizers_of(model)}
         for model, dtype in cells
     }
 

@@ -98,8 +98,8 @@ def test_partitioned_payloads_are_refused_under_sequence_parallelism_only(load, 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["optimizer=null"], "optimizer.type is missing: one of AdamW, Adam, SGD."),
-        (["optimizer.type=Lion"], "optimizer.type = 'Lion' is not one of AdamW, Adam, SGD."),
+        (["optimizer=null"], "optimizer.type is missing: one of AdamW, Adam, SGD, OrthoAdam."),
+        (["optimizer.type=Lion"], "optimizer.type = 'Lion' is not one of AdamW, Adam, SGD, OrthoAdam."),
         (["optimizer.type=AdmW"], "Did you mean adamw?"),
         (["optimizer.params.lr=null"], "optimizer.params.lr is missing"),
         (["optimizer.params=3"], "optimizer.params = 3 must be a section"),
@@ -111,6 +111,11 @@ def test_partitioned_payloads_are_refused_under_sequence_parallelism_only(load, 
             "not a parameter of AdamW (lr, betas, eps, weight_decay). Did you mean optimizer.params.weight_decay?",
         ),
         (["optimizer.params.momentum=0.9"], "optimizer.params.momentum is not a parameter of AdamW"),
+        (["optimizer.type=OrthoAdam", "optimizer.params.rotation=dense"], "rotation = 'dense' must be one of hadamard, haar, none."),
+        (["optimizer.type=OrthoAdam", "optimizer.params.seed=-1"], "seed = -1 must be a whole number from 0."),
+        (["optimizer.type=OrthoAdam", "optimizer.params.max_axis=1"], "max_axis = 1 must be a whole number from 2."),
+        (["optimizer.type=OrthoAdam", "optimizer.params.rotate_vectors=1"], "rotate_vectors = 1 must be true or false."),
+        (["optimizer.type=OrthoAdam", "optimizer.params.fused=true"], "optimizer.params.fused is not a parameter of OrthoAdam"),
         (["optimizer.params.betas=[0.9]"], "optimizer.params.betas = [0.9] must be two numbers"),
         (["optimizer.params.betas=[0.9, 1.0]"], "two numbers in [0, 1)"),
     ],
@@ -150,12 +155,14 @@ def test_autocast_is_refused_for_fp16_with_zero_only(load, overrides: tuple[str,
     load(*overrides)
 
 
-def test_optimizer_parameters_are_in_the_signature_of_the_torch_class() -> None:
+def test_optimizer_parameters_are_in_the_signature_of_the_class() -> None:
     import inspect
 
     import torch
 
+    from megastab import OrthoAdam
     from megastab.config.optimizers import OPTIMIZER_PARAMS
 
     for name, params in OPTIMIZER_PARAMS.items():
-        assert set(params) <= set(inspect.signature(getattr(torch.optim, name)).parameters), name
+        built = OrthoAdam if name == "OrthoAdam" else getattr(torch.optim, name)
+        assert set(params) <= set(inspect.signature(built).parameters), name
