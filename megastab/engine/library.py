@@ -35,11 +35,13 @@ from megastab.parallel.foreign import without_role
 from megastab.parallel.grid import Grid
 from megastab.parallel.param_info import info_of
 from megastab.stability.controller import Controller, build_controller
+from megastab.stability.events import events_of_step
 from megastab.stability.record import StepRecord
 from megastab.wrappers.adapter import Adapter
 from megastab.wrappers.bind import bind, quiet
 
 STATE_KEY = "megastab"  # of a checkpoint's client_state
+ORDINARY = ("clip", "rescale", "norm_spike")  # events that are logged at level INFO; the others are warnings
 log = logging.getLogger("megastab")
 
 
@@ -47,7 +49,7 @@ class LibraryController(Controller):
     """A controller that writes the step's record itself, because the loop is somebody else's."""
 
     last: StepRecord | None = None
-    """The step just taken; its loss (nan) and tokens (0) only the loop knows."""
+    """The step just taken; its tokens (0) only the loop knows, and its loss (nan) where the loop has not set ``read_loss``."""
     _lr: float | None = None
     _ended: float = 0.0
 
@@ -74,16 +76,15 @@ class LibraryController(Controller):
         self.step_done()
         began, self._lr, self._ended = self._ended, None, time.perf_counter()
         step = int(self.adapter.engine.global_steps)  # DeepSpeed counts attempted steps, and saves the count
-        self._tell(step)
-        self.last = self.record(step=step, loss=math.nan, lr=lr, tokens=0, seconds=self._ended - began)
-
-    def _tell(self, step: int) -> None:
-        """The loop keeps its loss, so the policy counts steps that are not finite; what it wants done is the loop's to do."""
-        verdict = self.judge(step, None)
+        loss = None if self.read_loss is None else self.read_loss()
+        seen = math.nan if loss is None else loss
+        self.last = self.record(step=step, loss=seen, lr=lr, tokens=0, seconds=self._ended - began)
+        verdict = self.judge(step, loss)
         if collectives.world()[0] == 0:
-            for said in (self.warning, verdict.rewind and f"{verdict.rewind}: go back to a checkpoint before it"):
-                if said:
-                    log.warning("step %d: %s", step, said)
+            for event in events_of_step(self, self.last, verdict):
+                log.log(logging.INFO if event.kind in ORDINARY else logging.WARNING, "step %d: %s: %s", step, event.kind, event.reason)
+            if verdict.rewind:  # the loop is somebody else's, and so are its checkpoints
+                log.warning("step %d: %s: go back to a checkpoint from before them", step, verdict.rewind)
 
 
 def initialize(

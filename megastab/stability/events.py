@@ -10,14 +10,14 @@ from megastab.stability.policy import Verdict
 from megastab.stability.record import Event, StepRecord
 
 
-def events_of_step(controller: Controller, record: StepRecord, verdict: Verdict, samples: tuple[int, int]) -> list[Event]:
+def events_of_step(controller: Controller, record: StepRecord, verdict: Verdict, samples: tuple[int, int] | None = None) -> list[Event]:
     """What there is to tell of the step just taken; nothing for an ordinary one.
 
     Args:
         controller: after its ``step_done``.
         record: of that step.
         verdict: the policy's.
-        samples: ids of the first and the last sample of its batch.
+        samples: ids of the first and the last sample of its batch, where they are known.
     """
     facts: dict[str, Any] = {
         "loss": record.loss,
@@ -26,7 +26,7 @@ def events_of_step(controller: Controller, record: StepRecord, verdict: Verdict,
         "threshold": record.clip_threshold,
         "scale": record.clip_scale,
     }
-    facts |= {"top": [asdict(share) for share in controller.top], "samples": list(samples)}
+    facts |= {"top": [asdict(share) for share in controller.top], "samples": None if samples is None else list(samples)}
     events = []
     if record.reason:
         events.append(Event(record.step, record.action if record.action != "apply" else "warning", record.reason, facts))

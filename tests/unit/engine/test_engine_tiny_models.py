@@ -73,6 +73,37 @@ def test_ranks_that_own_nothing_take_part() -> None:
             assert norms == pytest.approx([record[0] for record in first[0, "fp32", scope]], rel=1e-5)
 
 
+def with_losses() -> tuple[list[float], list[str]]:
+    """On a rank: 40 quiet steps and one whose loss jumps, told through ``read_loss``; the record's losses and what was logged."""
+    import logging
+
+    import megastab
+
+    told: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megastab").addHandler(handler)
+    logging.getLogger("megastab").setLevel(logging.INFO)
+    config = {**config_of(1, "fp32", "global"), "megastab": {"stability": {"policy": {"rewind_after": 1}}}, "train_batch_size": 1}
+    engine, *_ = megastab.initialize(model=Tiny(), config=config)
+    losses = [2.0 + 0.01 * (step % 5) for step in range(40)] + [9.0]
+    seen = []
+    for loss in losses:
+        engine.stability.read_loss = lambda loss=loss: loss
+        engine.backward(engine(torch.ones(1, 2)))
+        engine.step()
+        seen.append(engine.stability.last.loss)
+    assert seen == losses
+    return seen, told
+
+
+def test_a_loop_that_tells_its_loss_hears_of_outliers() -> None:
+    _, told = run_ranks(1, with_losses)[0]
+    assert sum("step 41: loss_spike: loss 9 is" in line for line in told) == 1
+    assert any("1 bad steps in a row, from step 41: go back to a checkpoint" in line for line in told)
+    assert not any("loss_spike" in line and "step 41" not in line for line in told)
+
+
 def refused() -> str:
     import megastab
 
