@@ -12,15 +12,15 @@ from megastab.report.history import History
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = ("#4C78A8", "#E45756", "#54A24B", "#F58518", "#72569C", "#9D755D", "#7F7F7F")
+COLORS = ("#4C78A8", "#E45756", "#54A24B", "#F58518", "#72569C", "#9D755D", "#7F7F7F", "#17BECF", "#E7298A", "#B79A20")
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, dpi: int = 110) -> Figure:
     """A figure without a window and without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -36,16 +36,17 @@ def draw_losses(valid: Mapping[str, Mapping[str, Sequence[float]]], out: Path) -
                 axes.plot([sum(finite) / len(finite)], [place], "|", color=COLORS[1], markersize=16, markeredgewidth=2)
         axes.set_yticks(range(len(by_method)), list(by_method), fontsize=8)
         axes.invert_yaxis()
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="x", alpha=0.3)
         axes.set_title(condition, fontsize=10)
-        axes.set_xlabel("validation loss [nats/token]: dot a seed, bar the mean", fontsize=8)
+        axes.set_xlabel("validation loss [nats/token]", fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
     figure.savefig(out)
 
 
 def draw_curves(histories: Mapping[str, Mapping[str, History]], out: Path) -> None:
     """{condition: {method: run}}: loss on the left, gradient norm on the right, a row a condition."""
-    figure = new_figure(11, 2.6 * len(histories))
+    figure = new_figure(11, 2.6 * len(histories), dpi=80)
     for (left, right), (condition, by_method) in zip(figure.subplots(len(histories), 2, squeeze=False), histories.items(), strict=True):
         for color, (method, history) in zip(COLORS, by_method.items(), strict=False):
             steps = history.column("step")
@@ -63,16 +64,18 @@ def draw_curves(histories: Mapping[str, Mapping[str, History]], out: Path) -> No
 
 def draw_layers(panels: Mapping[str, Mapping[str, Sequence[float]]], valid: Mapping[str, Sequence[float]], out: Path) -> None:
     """{quantity: {variant: value of each layer}} as a panel each, and a last one with the validation loss of every seed."""
-    figure = new_figure(4.0 * (len(panels) + 1), 3.6)
+    figure = new_figure(4.4 * (len(panels) + 1), 4.4)
     *layered, losses = figure.subplots(1, len(panels) + 1)
     for axes, (quantity, by_variant) in zip(layered, panels.items(), strict=True):
         for color, (variant, values) in zip(COLORS, by_variant.items(), strict=False):
-            axes.plot(range(1, len(values) + 1), values, "o-", color=color, markersize=3, linewidth=1.2, label=variant)
+            style = "o--" if "TVR" in variant else "o-"
+            axes.plot(range(1, len(values) + 1), values, style, color=color, markersize=3, linewidth=1.2, label=variant)
         axes.set_title(quantity, fontsize=10)
         axes.set_xlabel("layer", fontsize=8)
         axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")
-    layered[0].legend(fontsize=7, frameon=False)
+    handles, names = layered[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     for place, (color, values) in enumerate(zip(COLORS, valid.values(), strict=False)):
         losses.plot(values, [place] * len(values), "o", color=color)
     losses.set_yticks(range(len(valid)), list(valid), fontsize=8)

@@ -22,20 +22,26 @@ from megastab.report.history import read_history
 NORMAL = ("megastab.model.init.scheme=normal", "megastab.model.init.std=0.02")
 LIR = ("megastab.model.init.scheme=lir", "megastab.model.init.std=0.006")
 
+WIDE_NORMAL = ("megastab.model.init.scheme=normal", "megastab.model.init.std=0.08")
+WIDE_LIR = ("megastab.model.init.scheme=lir", "megastab.model.init.std=0.024")
+
 
 def tvr(target: float) -> tuple[str, ...]:
     """The overrides. A look every 10 steps, so that no look has much to take away."""
     return (f"megastab.stability.tvr.target_std={target}", "megastab.stability.tvr.interval_steps=10")
 
 
-# 0.04 is 0.01 at the width of the paper (2048) taken to ours (128): std times sqrt(width) is what a layer does to its input.
+# 0.08, 0.024 and 0.04 are the paper's 0.02, 0.006 and 0.01 taken from width 2048 to 128: std times sqrt(width) is a layer's gain.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "init .02": NORMAL,
     "init .02 + TVR .02": (*NORMAL, *tvr(0.02)),
-    "init .02 + TVR .04": (*NORMAL, *tvr(0.04)),
     "init .006 LIR": LIR,
     "init .006 LIR + TVR .01": (*LIR, *tvr(0.01)),
     "init .006 LIR + TVR .04": (*LIR, *tvr(0.04)),
+    "init .08": WIDE_NORMAL,
+    "init .08 + TVR .04": (*WIDE_NORMAL, *tvr(0.04)),
+    "init .024 LIR": WIDE_LIR,
+    "init .024 LIR + TVR .04": (*WIDE_LIR, *tvr(0.04)),
 }
 RATES = (3e-3,)
 FULL_RATES = (1e-3, 3e-3, 1e-2)
@@ -128,7 +134,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     arguments = parser.parse_args()
     prepare_data()
-    place, seeds, steps = "variance", [1, 2], 300
+    place, seeds, steps = "variance", [1, 2], 240
     rates: tuple[float, ...] = RATES
     if arguments.full:
         place, rates, seeds, steps = "variance-full", FULL_RATES, [1, 2, 3, 4], 2000
