@@ -54,7 +54,7 @@ def _of_a_step(size: str, parts: dict[str, Series]) -> Iterator[Row]:
     detail = f"a look every {INTERVAL} steps that rescales every matrix; a step is {1e3 * step:.0f} ms"
     yield Row("stability", f"{size} TVR, share of the run", share, "%", SHARE_BOUND, False, detail, {"step_seconds": parts["step"]})
     for name, said in (("host_zclip", "ZClip"), ("host_fixed", "fixed clipping")):
-        detail = f"norm_known + step_done + record, within a step; slowest of the rounds {1e6 * max(parts[name]):.0f} us"
+        detail = f"norm_known, step_done, record and judge, within an ordinary step; slowest of the rounds {1e6 * max(parts[name]):.0f} us"
         yield _microseconds(f"our functions in a step, {said}", parts[name], HOST_BOUND, detail)
     for name, said in (("observe", "stationary norms"), ("observe_spikes", "every second one a spike")):
         yield _microseconds(f"ZClip.observe(), {said}", parts[name], OBSERVE_BOUND, "mean of 1000 calls in a row, median over the rounds")

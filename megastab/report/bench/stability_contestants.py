@@ -19,7 +19,7 @@ from megastab.stability.tvr import TVR
 from megastab.stability.zclip import ZClip
 from megastab.wrappers.adapter import Adapter
 
-HOST_FUNCTIONS = ("norm_known", "step_done", "record")
+HOST_FUNCTIONS = ("norm_known", "step_done", "record", "judge")
 WHOLE_STEP_SIZE = "A"  # the model whose whole step is taken too
 NUM_CALLS = 1000  # of observe in a round
 SPREAD = 0.1  # of the logarithm of a norm
@@ -113,7 +113,8 @@ class StabilityContestants:
 
     def __init__(self, spec: Spec):
         self.clock = HostClock()
-        zclip = {"warmup_steps": 2}  # so that the timed steps are judged
+        # Judged from the third step on, and never a spike: a step that stands out also looks for who carried its norm.
+        zclip = {"warmup_steps": 2, "z_thresh": 1e9}
         self.engines = [self._engine(spec, {"zclip": zclip, "tvr": {"interval_steps": NEVER_STEPS}})]
         self.beside = Beside(self.engines[0].built.adapter)
         self.is_whole = spec.size == WHOLE_STEP_SIZE
@@ -146,4 +147,5 @@ class StabilityContestants:
         loss = engine.step(batch)
         controller.step_done()
         controller.record(step=self.num_taken, loss=loss, lr=0.0, tokens=batch.tokens.numel(), seconds=0.0)
+        controller.judge(self.num_taken, loss)
         return time.perf_counter() - began, self.clock.taken()
