@@ -197,6 +197,8 @@ class Controller:
     def scalars(self) -> dict[str, float]:
         """What a plot shows beside the record, by tag key."""
         out = {"clip_rate": self.clip_rate}
+        if self.norm is not None and self.decision is not None and self.decision.action != "skip":
+            out["clipped_norm"] = self.norm * self.decision.scale
         if isinstance(self.rule, ZClip) and self.rule.mean is not None and self.rule.std is not None:
             out |= {"clip_mean": self.rule.mean, "clip_std": self.rule.std}
         if self.policy.losses.z is not None:

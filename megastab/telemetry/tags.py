@@ -29,6 +29,9 @@ TAGS: dict[str, Tag] = {
         "global L2 norm of the gradient before clipping, the same at every layout",
         "a slow rise over hours: lower the learning rate; inf: the step was skipped",
     ),
+    "clipped_norm": Tag(
+        "train/clipped_norm", "-", "the norm after clipping; none for a skipped step", "flat at the cap: every step is clipped"
+    ),
     "clip_scale": Tag(
         "train/clip_scale", "-", "factor applied to the gradient by clipping", "below 1 on most steps: the cap is too low to be a cap"
     ),

@@ -169,10 +169,12 @@ def test_clip_rate_follows_what_is_done() -> None:
     controller = Controller(adapter, Grid(), FixedClip(2.0))
     for _ in range(200):
         adapter.tell(4.0)
-    assert controller.scalars()["clip_rate"] == pytest.approx(1.0, abs=0.01)
+    assert controller.scalars() == {"clip_rate": pytest.approx(1.0, abs=0.01), "clipped_norm": pytest.approx(2.0, rel=1e-6)}
     for _ in range(200):
         adapter.tell(1.0)
-    assert controller.scalars()["clip_rate"] == pytest.approx(0.0, abs=0.01)
+    assert controller.scalars() == {"clip_rate": pytest.approx(0.0, abs=0.01), "clipped_norm": 1.0}
+    adapter.tell(math.inf)
+    assert "clipped_norm" not in controller.scalars()
 
 
 def test_a_rehearsed_step_decides_and_learns_nothing() -> None:
