@@ -38,6 +38,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "init .006 LIR": LIR,
     "init .006 LIR + TVR .01": (*LIR, *tvr(0.01)),
     "init .006 LIR + TVR .04": (*LIR, *tvr(0.04)),
+    "init .04": ("megastab.model.init.scheme=normal", "megastab.model.init.std=0.04"),
     "init .08": WIDE_NORMAL,
     "init .08 + TVR .04": (*WIDE_NORMAL, *tvr(0.04)),
     "init .024 LIR": WIDE_LIR,
