@@ -139,7 +139,7 @@ class Controller:
             self._has_told_cap = True
             self.warning = (
                 f"gradient_clipping {cap:g} decided {sum(self._bound)} of the last {CAP_WINDOW} steps (norm {norm:.4g} now), so that "
-                f"{type(self.rule).__name__} does nothing: set gradient_clipping to 0.0, or well above the usual norm"
+                f"{type(self.rule).__name__} does next to nothing: set gradient_clipping to a few times the usual norm (0.0 is no cap)"
             )
 
     def weights_updated(self) -> bool:

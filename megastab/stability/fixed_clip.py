@@ -20,7 +20,7 @@ class FixedClip:
         threshold = self.cap or None
         if not math.isfinite(norm):
             return ClipDecision(threshold, 0.0, None, "skip", "the gradient norm is not finite")
-        scale = min(1.0, self.cap / (norm + 1e-6)) if self.cap > 0 else 1.0
+        scale = factor_under(self.cap, norm)
         return ClipDecision(threshold, scale, None, "clip" if scale < 1 else "apply", "")
 
     def state_dict(self) -> dict[str, Any]:
@@ -32,8 +32,14 @@ class FixedClip:
         return []
 
 
+def factor_under(cap: float, norm: float) -> float:
+    """Torch's and DeepSpeed's factor for a cap (0: none), 1e-6 included."""
+    return min(1.0, cap / (norm + 1e-6)) if cap > 0 else 1.0
+
+
 def capped(decision: ClipDecision, norm: float, cap: float) -> ClipDecision:
     """A rule's decision under a cap on the global norm it does not know itself (0: none)."""
-    if decision.action == "skip" or not cap or norm * decision.scale <= cap:
+    scale = factor_under(cap, norm)
+    if decision.action == "skip" or scale >= decision.scale:
         return decision
-    return replace(decision, threshold=cap, scale=cap / norm, action="clip")
+    return replace(decision, threshold=cap, scale=scale, action="clip")

@@ -117,8 +117,8 @@ def test_state_survives_and_a_change_of_rule_is_told() -> None:
 @pytest.mark.parametrize(("norm", "scale", "threshold"), [(1.0, 1.0, None), (3.0, 1.0, None), (8.0, 0.5, 4.0), (0.0, 1.0, None)])
 def test_a_cap_over_a_rule_that_does_not_know_it(norm: float, scale: float, threshold: float | None) -> None:
     decision = capped(ClipDecision(None, 1.0, 2.0, "apply"), norm, 4.0)
-    assert (decision.scale, decision.threshold, decision.z) == (scale, threshold, 2.0)
-    assert decision.action == ("clip" if scale < 1 else "apply")
+    assert (decision.scale, decision.threshold, decision.z) == (pytest.approx(scale, rel=1e-6), threshold, 2.0)
+    assert decision.action == ("clip" if scale < 1 else "apply") and decision.scale == FixedClip(4.0).observe(norm).scale
 
 
 def test_a_cap_leaves_a_skip_and_a_harder_clip_alone() -> None:
