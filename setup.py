@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megastab", "megastab.*"]),
+    package_data={"megastab.optim": ["*.cpp"]},  # built where it first runs
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.7",

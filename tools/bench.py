@@ -17,6 +17,7 @@ NAMES = {
     "data": "preparing data; fetching it in a step",
     "wrappers": "ZeRO 1, 2 and 3 over a bare loop",
     "stability": "what ZClip and TVR themselves cost",
+    "orthoadam": "OrthoAdam's step over AdamW's, by the built op and in pure torch",
 }
 
 

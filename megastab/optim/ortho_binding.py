@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megastab.optim import row_op
 from megastab.optim.ortho_adam import OrthoAdam
 from megastab.optim.ortho_plan import Segment, plan_flat, spans
 from megastab.parallel import collectives
@@ -40,7 +41,9 @@ def bind_ortho_adam(adapter: Adapter, grid: Grid) -> str:
         for place, (flat, held) in enumerate(zip(flats, segments, strict=True)):
             everyone = [ranks[place] for ranks in told] if group is not None else []
             client.plans[id(flat)] = plan_flat(held, client.rotation_for, everyone, collectives.rank_in(group), group, flat.device)
-    return _description(client, adapter, grid)
+    is_fast = client.settings["rotation"] == "hadamard" and client.settings["axes"] == "last"
+    path = row_op.agree(is_fast and all(flat.device.type == "cpu" for flat in flats))
+    return _description(client, adapter, grid, path)
 
 
 def _refuse_cut_matrices(client: OrthoAdam, adapter: Adapter, grid: Grid) -> None:
@@ -71,7 +74,7 @@ def _segment(client: OrthoAdam, fragment: Fragment, offset: int) -> Segment:
     return client.segment(fragment.parameter, fragment.info, fragment.part, offset, first, fragment.master.numel())
 
 
-def _description(client: OrthoAdam, adapter: Adapter, grid: Grid) -> str:
+def _description(client: OrthoAdam, adapter: Adapter, grid: Grid, path: str) -> str:
     counts, turned = Counter[str](), set()
     for parameter in adapter.parameters():
         if counts_here(parameter, grid.tp.rank):
@@ -96,7 +99,7 @@ def _description(client: OrthoAdam, adapter: Adapter, grid: Grid) -> str:
     exchanges = max(number for _, _, number in every)
     said = (
         f"{total['matrices']} matrices, {share:.1f} % of the parameters, rotated ({settings['rotation']}, axes {settings['axes']}, rows of "
-        f"{widths}; {client.rotation_bytes / 1e6:.1f} MB of rotations a rank) under {type(adapter.optimizer).__name__}, in pure torch; "
+        f"{widths}; {client.rotation_bytes / 1e6:.1f} MB of rotations a rank) under {type(adapter.optimizer).__name__}, {path}; "
     )
     said += f"{total['cut rows']} rows are cut: {exchanges} exchanges a step" if exchanges else "no row is cut: nothing is exchanged"
     if foreign := _residual_not_last(adapter):

@@ -3,8 +3,8 @@
     r = Q g;  m = b1 m + (1 - b1) r;  v = b2 v + (1 - b2) r^2;  u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     p = (1 - lr wd) p - lr Q^T u
 
-Written in products and sums of two alone: torch's lerp and addcmul round otherwise in the last few elements of a tensor than in the
-others, and an element's bits must not depend on where a partition begins.
+An element's bits must not depend on where a partition begins. Every operation here gives an element the same bits wherever it lies in
+a tensor (a test holds torch to it); torch's own fused AdamW does not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megastab.optim import row_op
 from megastab.optim.rotation import Rotation
 
 CHUNK = 1 << 16  # elements of a plain update at a time: no temporary grows with the matrix
@@ -31,6 +32,11 @@ class Pace:
     step: int
     """From 1."""
     decay: float = 0.0
+
+    @property
+    def correction1(self) -> float:
+        """1 - b1^t."""
+        return 1 - self.beta1**self.step
 
     @property
     def root_correction2(self) -> float:
@@ -59,6 +65,10 @@ class Views:
 
 def step_rows(views: Views, rotation: Rotation, first_row: int, pace: Pace) -> None:
     """Whole rows [n, D], the first of which is row ``first_row`` of its matrix."""
+    if row_op.takes(rotation, views.weights):
+        betas, rows = (pace.beta1, pace.beta2), (views.weights, views.gradient, views.mean, views.square)
+        row_op.step(rows, rotation, betas, pace.eps, pace.step, pace.lr, pace.decay)
+        return
     for here, slot in rotation.pieces(first_row, views.gradient.shape[0]):
         at = views.part(here)
         update = adam(rotation.forward(at.gradient, slot), at.mean, at.square, pace)
@@ -91,14 +101,14 @@ def _all_rows(rows: Tensor, rotation: Rotation, is_inverse: bool) -> Tensor:
 
 def adam(gradient: Tensor, mean: Tensor, square: Tensor, pace: Pace) -> Tensor:
     """Move the moments on; return the update before the learning rate, a new tensor."""
-    mean.mul_(pace.beta1).add_(gradient * (1 - pace.beta1))
-    square.mul_(pace.beta2).add_((gradient * gradient).mul_(1 - pace.beta2))
-    root = square.sqrt().mul_(1 / pace.root_correction2).add_(pace.eps)
-    return (mean * (1 / (1 - pace.beta1**pace.step))).div_(root)
+    mean.lerp_(gradient, 1 - pace.beta1)
+    square.mul_(pace.beta2).addcmul_(gradient, gradient, value=1 - pace.beta2)
+    root = square.sqrt().mul_(pace.correction1 / pace.root_correction2).add_(pace.eps * pace.correction1)
+    return torch.div(mean, root, out=root)
 
 
 def apply(weights: Tensor, update: Tensor, pace: Pace) -> None:
-    """Decay the weights and subtract the update, which is overwritten."""
+    """Decay the weights and subtract the update."""
     if pace.decay:
         weights.mul_(1 - pace.lr * pace.decay)
-    weights.sub_(update.mul_(pace.lr))
+    weights.add_(update, alpha=-pace.lr)
