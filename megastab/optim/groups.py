@@ -68,6 +68,7 @@ def build_optimizer(kind: str, params: dict[str, Any], parameters: Iterable[nn.P
 
 def _ortho_adam(params: dict[str, Any], trainable: list[nn.Parameter]) -> OrthoAdam:
     """One group where it rotates: the binding knows what decays, and ZeRO then pays one exchange a step and not one a group."""
+    params = {"weight_decay": 0.0, **params}  # left out of a JSON it is none, as for the others
     if params.get("rotation") == "none":
-        return OrthoAdam(decay_groups(trainable, float(params.get("weight_decay", OrthoAdam.WEIGHT_DECAY))), **params)
+        return OrthoAdam(decay_groups(trainable, float(params["weight_decay"])), **params)
     return OrthoAdam(trainable, **params, decay_by_role=True)

@@ -59,15 +59,13 @@ class OrthoAdam(Optimizer):
         UserError: a setting out of range, or a width that cannot be rotated.
     """
 
-    WEIGHT_DECAY = 0.1
-
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        weight_decay: float = WEIGHT_DECAY,
+        weight_decay: float = 0.1,
         rotation: RotationKind = "hadamard",
         axes: Axes = "last",
         seed: int = 0,
@@ -175,7 +173,7 @@ class OrthoAdam(Optimizer):
                 f"{' with a sparse gradient' if gradient.is_sparse else ''}: keep fp32 masters (bf16 or fp16 in DeepSpeed's JSON does)"
             )
         state = self.state[parameter]
-        if not state:
+        if "exp_avg" not in state:
             state["step"] = 0  # a number of this tensor, not of the optimizer: ZeRO steps its flat tensors one by one
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[moment] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)

@@ -24,7 +24,8 @@ from megastab.config.errors import UserError
 
 RotationKind = Literal["hadamard", "haar", "none"]
 
-BLOCK_ELEMENTS = 1 << 15  # 128 KiB of fp32: stays in a core's cache through all products of a block
+BLOCK_ELEMENTS = 1 << 16  # 256 KiB of fp32: few enough to stay in cache, many enough to pay for a dozen torch calls
+DENSE_ROWS = 128  # of a dense Q, which is read once a block
 BLOCK_ROWS = 256  # at most: narrow matrices are not padded to more
 MAX_ODD = 64  # odd part of a Hadamard width: the Haar factor costs a dense odd x odd product a row
 
@@ -48,6 +49,8 @@ class Rotation:
     @property
     def block_rows(self) -> int:
         """Rows of the fixed shape everything is computed in."""
+        if self.left is None:
+            return DENSE_ROWS
         return max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // self.width))
 
     @property
@@ -66,10 +69,7 @@ class Rotation:
 
     def forward(self, rows: Tensor, slot: int = 0) -> Tensor:
         """[n, D] -> [n, D]: rows that lie at ``slot`` and after in their block."""
-        block = self._placed(rows, slot)
-        if self.signs is not None:
-            block.mul_(self.signs)
-        return self._products(block, self.right.t(), self.left)[slot : slot + rows.shape[0]]
+        return self._products(self._placed(rows, slot, self.signs), self.right.t(), self.left)[slot : slot + rows.shape[0]]
 
     def inverse(self, rows: Tensor, slot: int = 0) -> Tensor:
         """Undo :meth:`forward`."""
@@ -78,10 +78,16 @@ class Rotation:
             block.mul_(self.signs)
         return block[slot : slot + rows.shape[0]]
 
-    def _placed(self, rows: Tensor, slot: int) -> Tensor:
+    def _placed(self, rows: Tensor, slot: int, signs: Tensor | None = None) -> Tensor:
         """A fresh block: the same shape, the same place and the same alignment whatever lies beside the rows."""
-        block = torch.zeros(self.block_rows, self.width, dtype=torch.float32, device=rows.device)
-        block[slot : slot + rows.shape[0]] = rows
+        block = torch.empty(self.block_rows, self.width, dtype=torch.float32, device=rows.device)
+        if rows.shape[0] < self.block_rows:
+            block.zero_()
+        here = block[slot : slot + rows.shape[0]]
+        if signs is None:
+            here.copy_(rows)
+        else:
+            torch.mul(rows, signs, out=here)
         return block
 
     def _products(self, block: Tensor, right: Tensor, left: Tensor | None) -> Tensor:

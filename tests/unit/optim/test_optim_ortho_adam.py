@@ -14,7 +14,7 @@ import megastab
 from megastab.config.errors import UserError
 from megastab.optim.ortho_adam import OrthoAdam
 from megastab.optim.rotation import Rotation, rotation_of
-from megastab.optim.row_step import Pace, Views, step_both, step_rows
+from megastab.optim.row_step import Pace, Views, step_both, step_plain, step_rows
 
 Turn = Callable[[Tensor], Tensor]
 
@@ -158,6 +158,24 @@ def test_global_matmul_precision_changes_no_bit(monkeypatch: pytest.MonkeyPatch)
         finally:
             torch.set_float32_matmul_precision("highest")
     assert torch.equal(*found) and set(seen) == {"ieee"}
+
+
+def test_bits_of_an_element_do_not_depend_on_where_it_lies() -> None:
+    """Partitions begin anywhere: torch's operations must round alike in the body and in the tail of a tensor."""
+    given = [torch.randn(1000) for _ in range(4)]
+    given[3].square_()
+    pace = Pace(1e-2, 0.9, 0.95, 1e-8, 3, 0.1)
+
+    def stepped(here: slice) -> list[Tensor]:
+        weights, gradient, mean, square = (tensor[here].clone() for tensor in given)
+        step_plain(Views(weights, gradient, mean, square), pace)
+        return [weights, mean, square]
+
+    whole = stepped(slice(0, 1000))
+    for first in (0, 1, 3, 8, 17):
+        for length in (1, 2, 7, 16, 33, 500):
+            here = slice(first, first + length)
+            assert all(torch.equal(mine, all_of[here]) for mine, all_of in zip(stepped(here), whole, strict=True)), here
 
 
 def test_resumed_states_go_on_to_the_bit() -> None:

@@ -80,6 +80,27 @@ def test_what_a_rank_sends_is_its_part_of_a_row_to_each_other_owner() -> None:
     assert (first, second, third) == (3 * (500 - begin), 3 * 200, 3 * 300) and fourth == 3 * (begin + 768 - 1000)
 
 
+def rows_on_a_rank(cuts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(width, number) of every row updated here: the number places a row in its block of fixed shape."""
+    from megastab.optim import ortho_plan
+
+    seen, update = [], ortho_plan.step_rows
+
+    def step_rows(views: Views, rotation: Rotation, first_row: int, pace: Pace) -> None:
+        seen.extend((rotation.width, first_row + row) for row in range(views.gradient.shape[0]))
+        update(views, rotation, first_row, pace)
+
+    ortho_plan.step_rows = step_rows
+    on_a_rank(cuts)
+    return seen[: len(seen) // 3]  # of the first of three steps
+
+
+def test_rows_are_known_by_their_number_in_the_matrix() -> None:
+    seen = run_ranks(4, rows_on_a_rank, CUTS["quarters"])
+    assert {row for rank in seen for row in rank} == {(width, row) for _, rows, width in MATRICES if width for row in range(rows)}
+    assert sum(map(len, seen)) > sum(rows for _, rows, width in MATRICES if width), "owners compute a cut row each"
+
+
 def test_owners_that_do_not_make_a_row_whole_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="row 1 of a is not whole"):
         cut_rows([[("a", 0, 60, 48)], [("a", 61, 96, 48)]])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megastab.config.errors import UserError
-from megastab.optim.rotation import Rotation, factors, rotation_of, true_fp32, walsh_hadamard
+from megastab.optim.rotation import Rotation, factors, haar, rotation_of, true_fp32, walsh_hadamard
 
 WIDTHS = (2, 3, 16, 17, 20, 48, 64, 192, 768)
 SIGNS = [1, -1, 1, 1, 1, -1, 1, -1, 1, -1, -1, 1, -1, 1, 1, 1, -1, 1, 1, 1, 1, -1, -1, 1]
@@ -66,6 +66,12 @@ def test_q_depends_on_seed_name_and_width_only() -> None:
     assert torch.equal(dense(first), dense(again))
     for other in (rotation_of("hadamard", 2, "layers.0.q", 64), rotation_of("hadamard", 1, "layers.0.k", 64)):
         assert not torch.equal(dense(first), dense(other))
+
+
+def test_haar_is_uniform() -> None:
+    """Without the signs of R's diagonal the first entry of Q would be negative in every draw."""
+    draws = [haar(3, torch.Generator().manual_seed(seed))[0, 0] for seed in range(400)]
+    assert abs(float(torch.stack(draws).mean())) < 4 * (1 / 3 / 400) ** 0.5  # an entry has variance 1 / size
 
 
 def test_hadamard_keeps_its_numbers() -> None:
