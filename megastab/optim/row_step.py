@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megastab.optim import row_op
 from megastab.optim.rotation import Rotation
 
 CHUNK = 1 << 16  # elements of a plain update at a time: no temporary grows with the matrix
@@ -64,6 +65,10 @@ class Views:
 
 def step_rows(views: Views, rotation: Rotation, first_row: int, pace: Pace) -> None:
     """Whole rows [n, D], the first of which is row ``first_row`` of its matrix."""
+    if row_op.takes(rotation, views.weights):
+        betas, rows = (pace.beta1, pace.beta2), (views.weights, views.gradient, views.mean, views.square)
+        row_op.step(rows, rotation, betas, pace.eps, pace.step, pace.lr, pace.decay)
+        return
     for here, slot in rotation.pieces(first_row, views.gradient.shape[0]):
         at = views.part(here)
         update = adam(rotation.forward(at.gradient, slot), at.mean, at.square, pace)
