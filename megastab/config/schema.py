@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 Arch = Literal["gpt", "llama"]
 Activation = Literal["gelu", "silu", "relu", "relu2", "topk"]
-Norm = Literal["layernorm", "rmsnorm"]
+Norm = Literal["layernorm", "rmsnorm", "rmsnorm_scalar"]
 InitScheme = Literal["normal", "residual_scaled", "lir"]
 Recompute = Literal["none", "selective", "full"]
 ScheduleKind = Literal["cosine", "linear", "wsd", "constant"]
@@ -76,7 +76,7 @@ class ModelConfig(Section):
     """On the embedding and on both branches of a block (gpt only). Attention probabilities are not dropped: flash kernels own their
     random numbers, and a mask must be a function of the sample and position alone to be equal at every layout."""
     norm: Norm = Field(default=_FROM_ARCH)
-    """``null``: layernorm for gpt, rmsnorm for llama."""
+    """``rmsnorm_scalar``: one gain for all channels, so that the norm prefers none. ``null``: layernorm for gpt, rmsnorm for llama."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the variance or mean square before the root."""
     rope_theta: PositiveFloat = 10000.0

@@ -13,9 +13,14 @@ def block_matrices(model: ModelConfig) -> int:
     return model.hidden_size * (2 * model.hidden_size + 2 * kv + mlp * model.ffn_hidden_size)
 
 
+def norm_vectors(model: ModelConfig) -> int:
+    """Elements of one norm's gain and bias."""
+    return {"layernorm": 2 * model.hidden_size, "rmsnorm": model.hidden_size, "rmsnorm_scalar": 1}[model.norm]
+
+
 def block_vectors(model: ModelConfig) -> int:
     """Elements of one block's gains and biases."""
-    gains = 2 * model.hidden_size * (2 if model.norm == "layernorm" else 1)
+    gains = 2 * norm_vectors(model)
     if model.arch == "llama":
         return gains
     kv = model.num_kv_heads * model.head_dim
@@ -27,8 +32,7 @@ def num_parameters(model: ModelConfig) -> int:
     assert model.vocab_size is not None
     embeddings = padded_vocab(model.vocab_size) * model.hidden_size * (1 if model.tie_embeddings else 2)
     positions = model.max_seq_len * model.hidden_size if model.arch == "gpt" else 0
-    final_norm = model.hidden_size * (2 if model.norm == "layernorm" else 1)
-    return embeddings + positions + final_norm + model.num_layers * (block_matrices(model) + block_vectors(model))
+    return embeddings + positions + norm_vectors(model) + model.num_layers * (block_matrices(model) + block_vectors(model))
 
 
 def layer_costs(model: ModelConfig) -> list[int]:

@@ -49,6 +49,20 @@ class RMSNorm(nn.Module):
         return _RMSNormFunction.apply(x_TD, self.weight, self.eps)
 
 
+class RMSNormScalar(nn.Module):
+    """RMSNorm with one gain for all channels (arXiv 2410.17174): a gain a channel would single channels out again."""
+
+    def __init__(self, name: str, width: int, eps: float, tp: TensorParallel, layer: int | None):
+        super().__init__()
+        self.eps, self.width = eps, width
+        self.weight = replicated(Part.whole(name, "norm", 1), None, tp, layer)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        gain_D = self.weight.float().expand(self.width)  # fp32: its gradient is a sum over channels
+        return _RMSNormFunction.apply(x_TD, gain_D, self.eps)
+
+
 class LayerNorm(nn.Module):
     """``(x - mean) / sqrt(var + eps) * gain + bias`` (arXiv 1607.06450)."""
 
@@ -65,5 +79,5 @@ class LayerNorm(nn.Module):
 
 def build_norm(name: str, config: ModelConfig, tp: TensorParallel, layer: int | None = None) -> nn.Module:
     """The norm ``config.norm`` asks for."""
-    kind = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[config.norm]
+    kind = {"rmsnorm": RMSNorm, "rmsnorm_scalar": RMSNormScalar, "layernorm": LayerNorm}[config.norm]
     return kind(name, config.hidden_size, config.norm_eps, tp, layer)

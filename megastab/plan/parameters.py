@@ -81,7 +81,7 @@ def _layers(model: ModelConfig, tensor: int) -> Iterator[list[Weight]]:
 
 
 def _norm(model: ModelConfig, name: str) -> Iterator[Weight]:
-    yield Weight(f"{name}.gain", model.hidden_size, decays=False)
+    yield Weight(f"{name}.gain", 1 if model.norm == "rmsnorm_scalar" else model.hidden_size, decays=False)
     if model.norm == "layernorm":
         yield Weight(f"{name}.bias", model.hidden_size, decays=False)
 

@@ -50,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "relu": {"model": {"activation": "relu"}},
     "layernorm": {"model": {"norm": "layernorm"}},
     "z_loss": {"loss": {"z_loss": 1e-2}},
+    "scalar": {"model": {"norm": "rmsnorm_scalar"}},
     "lir": {"model__init": {"scheme": "lir"}},
     "residual_scaled": {"model__init": {"scheme": "residual_scaled"}},
     "padding": {"model": {"vocab_size": 130}},  # padded to 256: over tp 4 the last rank holds padding only
@@ -129,6 +130,7 @@ FP32 = [
     *rows("relu2", TP2),
     *rows("relu", TP2),
     *rows("layernorm", TP2_SP),
+    *rows("scalar", TP2_PP2_SP, Z3_DP2),
     *rows("z_loss", TP2, PP2),
     *rows("lir", TP2, PP2, Z3_DP2),
     *rows("residual_scaled", TP2_PP2),

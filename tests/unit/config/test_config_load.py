@@ -175,7 +175,16 @@ def test_shipped_config_loads_and_resolves(path: Path) -> None:
 
 
 def test_the_promised_configs_are_shipped() -> None:
-    assert {path.stem for path in CONFIGS} >= {"quickstart", "gpt2_124m", "llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b"}
+    assert {path.stem for path in CONFIGS} >= {
+        "quickstart",
+        "gpt2_124m",
+        "llama_60m",
+        "llama_130m",
+        "llama_130m_quant",
+        "llama_350m",
+        "llama_1b",
+        "llama_7b",
+    }
 
 
 def test_loading_imports_neither_torch_nor_deepspeed() -> None:

@@ -107,8 +107,14 @@ def test_padding_columns_are_dropped_from_logits() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [LLAMA, GPT, {**LLAMA, "num_kv_heads": 1, "tie_embeddings": True, "norm": "layernorm"}, {**GPT, "norm": "rmsnorm", "num_kv_heads": 2}],
-    ids=["llama", "gpt", "tied mqa layernorm", "gpt rmsnorm gqa"],
+    [
+        LLAMA,
+        GPT,
+        {**LLAMA, "num_kv_heads": 1, "tie_embeddings": True, "norm": "layernorm"},
+        {**GPT, "norm": "rmsnorm", "num_kv_heads": 2},
+        {**LLAMA, "norm": "rmsnorm_scalar"},
+    ],
+    ids=["llama", "gpt", "tied mqa layernorm", "gpt rmsnorm gqa", "rmsnorm_scalar"],
 )
 def test_parameters_are_counted_without_building(model: dict) -> None:
     network = build(model)
@@ -139,6 +145,23 @@ def test_build_norm_gives_the_configs() -> None:
     centred = x - x.mean(-1, keepdim=True)
     want = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight + norm.bias
     torch.testing.assert_close(norm(x), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scalar_rmsnorm_has_one_gain_and_its_gradient(dtype: torch.dtype) -> None:
+    config = build({**LLAMA, "norm": "rmsnorm_scalar", "norm_eps": 1e-3}).config
+    norm = build_norm("n", config, ALONE).to(dtype)
+    norm.weight.data.fill_(1.5)
+    x, out = torch.randn(5, 32, dtype=dtype, requires_grad=True), torch.randn(5, 32, dtype=dtype)
+    gain, y = torch.tensor([1.5], dtype=torch.float64, requires_grad=True), x.detach().double().requires_grad_()
+    want = y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt() * gain
+    found = norm(x)
+    found.backward(out)
+    want.backward(out.double())
+    assert norm.weight.shape == (1,) and found.dtype == dtype
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for mine, exact in ((found, want), (x.grad, y.grad), (norm.weight.grad, gain.grad)):
+        torch.testing.assert_close(mine.double(), exact, **tolerance)
 
 
 @pytest.mark.parametrize(("dropout", "documents", "length"), [(0.0, False, 1), (0.1, False, 2), (0.0, True, 2), (0.1, True, 3)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from tests.ranks import run_ranks
 MODEL = {**LLAMA, "hidden_size": 48, "ffn_hidden_size": 80, "num_kv_heads": 2, "tie_embeddings": True}
 PARAMS = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "seed": 3}
 STEPS = 4
+RATES = (0.005, 0.01)  # of the first two steps: a warm-up of 2 to the peak
 LAYOUTS: dict[str, tuple[Layout, str]] = {
     "dp2": (Layout(2), "fp32"),
     "tp2": (Layout(2, tp=2), "fp32"),
@@ -247,3 +249,38 @@ def attempt(layout: Layout, params: dict[str, Any]) -> tuple[str, str]:
 def test_what_cannot_be_rotated_is_refused_once(layout: Layout, params: dict[str, Any], said: str) -> None:
     (first, message), (second, _) = run_ranks(2, attempt, layout, params)
     assert (first, second) == ("UserError", "PeerFailed") and said in message, message
+
+
+def built_alone(rotation: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str]:
+    """On a rank: weights of the trainer's engine and of one OrthoAdam over the logical matrices, both axes and vectors rotated."""
+    from megastab import OrthoAdam
+    from megastab.optim import row_op
+
+    os.environ[row_op.SWITCH] = "0"  # the second engine would switch the vectors' rows to the op, the first has none
+    settings = {"rotation": rotation, "axes": "both", "rotate_vectors": True}
+    found = run(SINGLE, "fp32", settings, steps=len(RATES))
+    mine = jobs.merge([found["weights"]])[0]
+    job = jobs.start(config_of(SINGLE, "OrthoAdam", model=MODEL))
+    named = []
+    for fragment in job.built.adapter.fragments():
+        shape = (fragment.part.rows, fragment.info.width) if fragment.info.width else (fragment.part.rows,)
+        named.append((fragment.part.name, torch.nn.Parameter(fragment.master.detach().clone().view(shape))))
+    decayed = [pair for pair in named if pair[1].ndim > 1]
+    groups = [{"params": decayed}, {"params": [pair for pair in named if pair[1].ndim == 1], "weight_decay": 0.0}]
+    alone = OrthoAdam(groups, **{**PARAMS, "betas": tuple(PARAMS["betas"])}, **settings)
+    for step, rate in enumerate(RATES):
+        for group in alone.param_groups:
+            group["lr"] = rate
+        for name, parameter in named:
+            parameter.grad = gradient_of(name, parameter.numel(), step).view_as(parameter)
+        alone.step()
+    return mine, {name: p.detach().flatten().numpy() for name, p in named}, found["said"]
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "haar"])
+def test_both_axes_and_vectors_in_the_trainer_are_those_of_the_plain_optimizer(rotation: str) -> None:
+    """Fused q, k, v are matrices of their own; where nothing is cut, the trainer rotates columns too."""
+    ((mine, alone, said),) = run_ranks(1, built_alone, rotation)
+    assert mine.keys() == alone.keys() and "axes both" in said
+    for name, values in alone.items():
+        assert np.array_equal(mine[name], values), name
