@@ -38,6 +38,9 @@ class Verdict:
     """Where the row of bad steps began; the last good checkpoint is older."""
 
 
+GOOD = Verdict()
+
+
 class Policy:
     """The table, with its counters. Equal on every rank, because norm and loss are."""
 
@@ -78,11 +81,11 @@ class Policy:
     def after_step(self, step: int, loss: float | None, is_overflow: bool = False) -> Verdict:
         """Count a step that has been taken; ``loss`` is the global one, None where the loop keeps it to itself."""
         if is_overflow:
-            return Verdict()
+            return GOOD
         is_outlier = loss is not None and self.losses.observe(loss)
         if not is_outlier and not self.nonfinite_in_a_row:
             self.bad_in_a_row, self.first_bad_step = 0, None
-            return Verdict()
+            return GOOD
         self.bad_in_a_row += 1
         first = self.first_bad_step = step if self.first_bad_step is None else self.first_bad_step
         said = f"loss {loss:.6g} is {self.losses.z:.3g} robust deviations above its median" if is_outlier else ""
