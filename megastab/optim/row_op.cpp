@@ -14,13 +14,18 @@
 #include <cstdint>
 #include <utility>
 #include <vector>
-
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
-namespace {
+// As row_op.py lays it out.
+struct Numbers {
+    float keep1, take1, keep2, take2;  // b1, 1 - b1, b2, 1 - b2
+    float correct1, correct2, eps;     // 1 / (1 - b1^t), 1 / sqrt(1 - b2^t)
+    float decay, rate, scale;          // 1 - lr wd, lr, n^-1/2
+};
 
+namespace {
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 constexpr const char* SAID = "AVX-512";
@@ -43,7 +48,6 @@ typedef int lanes __attribute__((vector_size(LANES * 4)));
 
 INLINE vec load(const float* from) { return *reinterpret_cast<const loose*>(from); }
 INLINE void store(float* to, vec x) { *reinterpret_cast<loose*>(to) = x; }
-
 INLINE vec all(float x) { return vec{} + x; }
 
 INLINE float times_plus(float a, float b, float c) {
@@ -76,17 +80,6 @@ INLINE vec root(vec x) {
     return x;
 #endif
 }
-
-}  // namespace
-
-// As row_op.py lays it out.
-struct Numbers {
-    float keep1, take1, keep2, take2;  // b1, 1 - b1, b2, 1 - b2
-    float correct1, correct2, eps;     // 1 / (1 - b1^t), 1 / sqrt(1 - b2^t)
-    float decay, rate, scale;          // 1 - lr wd, lr, n^-1/2
-};
-
-namespace {
 
 template <class T>
 struct Pace {
@@ -133,11 +126,8 @@ INLINE void butterflies(vec* x) {
     }
 }
 
-template <int S>
-INLINE void down(vec* x) { butterflies<S, S / 2, true>(x); }
-
-template <int S>
-INLINE void up(vec* x) { butterflies<S, 1, false>(x); }
+template <int S> INLINE void down(vec* x) { butterflies<S, S / 2, true>(x); }
+template <int S> INLINE void up(vec* x) { butterflies<S, 1, false>(x); }
 
 // Lane i takes lane i ^ H plus or minus itself; times +-1 is exact, so fusing it rounds no otherwise than a sum does.
 template <int H, int... I>

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megastab.optim.rotation import Rotation, factors
+from megastab.optim.rotation import MAX_ODD, Rotation, factors
 from megastab.parallel import collectives
 
 log = logging.getLogger("megastab")
@@ -121,6 +121,7 @@ def step(rows: Sequence[Tensor], rotation: Rotation, betas: tuple[float, float],
     if any(t.shape != shape or not t.is_contiguous() or t.dtype != torch.float32 for t in rows):
         raise ValueError(f"the row op needs contiguous fp32 rows of {rotation.width}, not {[(tuple(t.shape), t.dtype) for t in rows]}")
     odd, power = factors(rotation.width)
+    assert odd <= MAX_ODD  # what the op has room for
     block = left.shape[0] // odd
     head = left[::block, ::block].contiguous()  # H's first entry is 1: what is left of Kronecker(A, H) is A
     (first, second), (one, two) = betas, (1 - betas[0] ** count, 1 - betas[1] ** count)

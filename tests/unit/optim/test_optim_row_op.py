@@ -99,6 +99,13 @@ def test_op_is_the_torch_path_to_rounding(width: int, op: None, monkeypatch: pyt
         assert apart(a, b) < bound
 
 
+def test_rows_of_more_passes_than_any_model_needs(op: None) -> None:
+    given = numbers(2, 1 << 17)
+    mine = steps(given, 1 << 17)
+    row_op.forget()
+    assert max(apart(a, b) for a, b in zip(mine, steps(given, 1 << 17), strict=True)) < 1e-6  # 17 sums in a row
+
+
 @pytest.mark.parametrize("width", [17, 20, 48, 512, 768, 1408])
 def test_op_is_a_dense_reference_to_rounding(width: int, op: None) -> None:
     given = numbers(3, width)
