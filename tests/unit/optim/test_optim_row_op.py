@@ -227,13 +227,16 @@ def failing_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("CXX", str(compiler))
 
 
-@pytest.mark.parametrize("trouble", ["compiler", "read-only", "too slow"])
+@pytest.mark.parametrize("trouble", ["compiler", "source", "read-only", "too slow"])
 def test_without_a_build_one_line_says_why_and_torch_does_the_work(
     trouble: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = steps(numbers(2, 48), 48)
     if trouble == "compiler":
         failing_compiler(monkeypatch, fresh)
+    elif trouble == "source":
+        (fresh / "row_op.cpp").write_text("int row_op_said(")
+        monkeypatch.setattr(row_op, "SOURCE", fresh / "row_op.cpp")
     elif trouble == "read-only":
         (fresh / "cache").write_text("a file where the folder should be")  # root may write to any folder
     else:
@@ -244,7 +247,7 @@ def test_without_a_build_one_line_says_why_and_torch_does_the_work(
         found = steps(numbers(2, 48), 48)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     (record,) = caplog.records
-    said = {"compiler": "no-compiler|no such thing", "read-only": "cache", "too slow": "took more than"}[trouble]
+    said = {"compiler": "no-compiler|no such thing", "source": "error: ", "read-only": "cache", "too slow": "took more than"}[trouble]
     assert "steps rows in pure torch" in record.message and any(part in record.message for part in said.split("|")), record.message
     left = list((fresh / "cache" / "megastab").iterdir()) if trouble != "read-only" else []
     assert all(path.suffix == ".lock" for path in left), "no half of a build"
