@@ -12,6 +12,7 @@ Differs: the paper's Q acts on the flattened tensor (n x n); here it acts on row
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -26,7 +27,7 @@ from megastab.optim.ortho_plan import FlatPlan, Segment, plan_flat
 from megastab.optim.rotation import Rotation, RotationKind, rotation_of, true_fp32
 from megastab.optim.row_step import Pace, Views
 from megastab.parallel import collectives
-from megastab.parallel.foreign import foreign_info
+from megastab.parallel.foreign import foreign_info, role_of
 from megastab.parallel.param_info import ParamInfo, Part, info_of
 
 Axes = Literal["last", "both"]
@@ -52,7 +53,8 @@ class OrthoAdam(Optimizer):
         seed: of the rotations.
         haar_per: ``width``: one dense Q for all rows of a length; ``parameter``: one each, of width^2 elements.
         max_axis: axes longer than this are not rotated.
-        rotate_vectors: rotate 1-D parameters too, each as one row (one process only).
+        rotate_vectors: rotate 1-D parameters too, each as one row: gains and biases that meet the residual stream, not those of q, k,
+            v, gate and up. Under ZeRO-3 these rows lie on every rank, so that each step exchanges them.
         decay_by_role: leave 1-D parameters (gains, biases) out of the decay.
 
     Raises:
@@ -88,6 +90,8 @@ class OrthoAdam(Optimizer):
         self._own: dict[int, nn.Parameter] = {}
         self._alone: dict[int, FlatPlan] = {}
         self._rotations: dict[tuple[str, int], Rotation] = {}
+        self.rotation_seconds = 0.0
+        """Spent on making rotations so far."""
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, **self.settings})
 
     @property
@@ -230,7 +234,7 @@ class OrthoAdam(Optimizer):
     def row_width(self, parameter: nn.Parameter, info: ParamInfo, part: Part) -> int:
         """The width a matrix's rows are rotated with; 0 for one whose rows are left alone."""
         if info.width is None:
-            return self.width_of(part.global_rows) if self.settings["rotate_vectors"] else 0
+            return self.width_of(part.global_rows) if self.settings["rotate_vectors"] and _meets_the_residual(part.name) else 0
         shape = getattr(parameter, "ds_shape", parameter.shape)
         return self.width_of(shape[-1] if info_of(parameter) is None else info.width)
 
@@ -246,7 +250,9 @@ class OrthoAdam(Optimizer):
         if (name, width) not in self._rotations:
             if device is None:
                 device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+            began = time.perf_counter()
             self._rotations[name, width] = rotation_of(kind, seed, name, width, device)
+            self.rotation_seconds += time.perf_counter() - began
         return self._rotations[name, width]
 
     @property
@@ -264,6 +270,14 @@ class OrthoAdam(Optimizer):
                     return str(names[index]) if names else f"parameter {place + index}"
             place += len(group["params"])
         return "a tensor"
+
+
+def _meets_the_residual(name: str) -> bool:
+    """Whether a vector is as long as the residual stream: tensor parallelism cuts the others, and Q must not depend on that."""
+    if not name.endswith(".bias"):
+        return True
+    module = name.removesuffix(".bias")
+    return not {module.split(".")[-1], role_of(module)} & {"q", "k", "v", "gate", "up"}
 
 
 def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, seed: int, max_axis: int) -> None:

@@ -47,12 +47,10 @@ def bind_ortho_adam(adapter: Adapter, grid: Grid) -> str:
 
 
 def _refuse_cut_matrices(client: OrthoAdam, adapter: Adapter, grid: Grid) -> None:
-    asked = [said for key, value, said in (("axes", "both", 'axes "both"'), ("rotate_vectors", True, "rotate_vectors"))
-             if client.settings[key] == value]  # fmt: skip
-    if asked and (adapter.is_partitioned or grid.tp.size > 1):
+    if client.settings["axes"] == "both" and (adapter.is_partitioned or grid.tp.size > 1):
         collectives.fail_alike(
-            f"OrthoAdam: {' and '.join(asked)} needs whole matrices on every rank, and ZeRO or tensor parallelism cuts them: run at ZeRO "
-            'stage 0 with tensor 1, or choose axes "last" without rotate_vectors, which is exact at any layout'
+            'OrthoAdam: axes "both" needs whole matrices on every rank, and ZeRO or tensor parallelism cuts them: run at ZeRO stage 0 with '
+            'tensor 1, or choose axes "last", which is exact at any layout'
         )
 
 
@@ -83,23 +81,24 @@ def _description(client: OrthoAdam, adapter: Adapter, grid: Grid, path: str) -> 
                 width, elements = client.row_width(parameter, info, part), part.rows * (info.width or 1)
                 counts["all"] += elements
                 counts["rotated"] += elements if width else 0
-                counts["matrices"] += 1 if width and part.start == 0 else 0
+                counts["matrices"] += 1 if width and info.width and part.start == 0 else 0
                 turned |= {width} if width else set()
     assert client.plans is not None
     cuts = [plan.cuts for plan in client.plans.values() if plan.cuts is not None]
     counts["cut rows"] = sum(cut.total for cut in cuts)
     every = collectives.gather_objects_in((counts, turned, len(cuts)), grid.model.group)
     total: Counter[str] = sum((theirs for theirs, _, _ in every), Counter())
-    if not total["matrices"]:
+    if not total["rotated"]:
         collectives.fail_alike(
             f"OrthoAdam rotates nothing: no matrix has an axis of 2 to max_axis = {client.settings['max_axis']}: use AdamW, or raise it"
         )
     settings, share = client.settings, 100 * total["rotated"] / total["all"]
     widths = ", ".join(str(width) for width in sorted(set().union(*(theirs for _, theirs, _ in every))))
     exchanges = max(number for _, _, number in every)
+    made = f"{client.rotation_bytes / 1e6:.1f} MB of rotations a rank, made in {client.rotation_seconds:.1f} s"
     said = (
         f"{total['matrices']} matrices, {share:.1f} % of the parameters, rotated ({settings['rotation']}, axes {settings['axes']}, rows of "
-        f"{widths}; {client.rotation_bytes / 1e6:.1f} MB of rotations a rank) under {type(adapter.optimizer).__name__}, {path}; "
+        f"{widths}; {made}) under {type(adapter.optimizer).__name__}, {path}; "
     )
     said += f"{total['cut rows']} rows are cut: {exchanges} exchanges a step" if exchanges else "no row is cut: nothing is exchanged"
     if foreign := _residual_not_last(adapter):

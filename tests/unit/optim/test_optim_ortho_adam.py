@@ -126,6 +126,14 @@ def test_vectors_are_plain_adam_unless_asked() -> None:
     assert (exact - rotated).abs().max() > 0.01
 
 
+def test_vectors_that_tensor_parallelism_cuts_are_never_rotated() -> None:
+    names = ["layers.0.q.bias", "layers.0.o.bias", "norm", "model.layers.0.mlp.up_proj.bias", "model.layers.0.mlp.down_proj.bias"]
+    pairs = [("w", nn.Parameter(torch.zeros(2, 16))), *((name, nn.Parameter(torch.zeros(16))) for name in names)]
+    optimizer = OrthoAdam(pairs, lr=1.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, rotate_vectors=True)
+    found = train(optimizer, [[torch.rand(2, 16)], *([torch.rand(16) + 1] for _ in names)])[1:]
+    assert [bool((w == -1).all()) for w in found] == [True, False, False, True, False], "plain Adam's first step is the sign"
+
+
 def test_axes_too_long_are_left_alone() -> None:
     pairs = [("wide", nn.Parameter(torch.zeros(2, 64))), ("narrow", nn.Parameter(torch.zeros(2, 16)))]
     optimizer = OrthoAdam(pairs, lr=1.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, max_axis=32)

@@ -122,21 +122,21 @@ def run(layout: Layout, dtype: str, params: dict[str, Any], steps: int = STEPS) 
 
 
 @functools.cache
-def single(dtype: str, rotation: str = "hadamard") -> dict[str, Whole]:
+def single(dtype: str, rotation: str = "hadamard", vectors: bool = False) -> dict[str, Whole]:
     """One process; at stage 1 in low precision, where masters are the rounded weights."""
     layout = SINGLE if dtype == "fp32" else Layout(1, zero=1)
-    (found,) = run_ranks(1, run, layout, dtype, {"rotation": rotation})
+    (found,) = run_ranks(1, run, layout, dtype, {"rotation": rotation, "rotate_vectors": vectors})
     return {key: jobs.merge([found[key]])[0] for key in ("weights", "exp_avg", "exp_avg_sq")}
 
 
 @functools.cache
-def ranks_of(name: str, rotation: str = "hadamard") -> list[dict[str, Any]]:
+def ranks_of(name: str, rotation: str = "hadamard", vectors: bool = False) -> list[dict[str, Any]]:
     layout, dtype = LAYOUTS[name]
-    return run_ranks(layout.world, run, layout, dtype, {"rotation": rotation})
+    return run_ranks(layout.world, run, layout, dtype, {"rotation": rotation, "rotate_vectors": vectors})
 
 
-def assert_equal_to_single(name: str, rotation: str) -> None:
-    ranks, expected = ranks_of(name, rotation), single(LAYOUTS[name][1], rotation)
+def assert_equal_to_single(name: str, rotation: str, vectors: bool = False) -> None:
+    ranks, expected = ranks_of(name, rotation, vectors), single(LAYOUTS[name][1], rotation, vectors)
     for key, whole in expected.items():
         mine, drift = jobs.merge(rank[key] for rank in ranks)
         assert drift == 0.0, f"copies of one element differ by {drift} ({key})"
@@ -153,6 +153,13 @@ def test_weights_and_moments_are_those_of_one_process_to_the_bit(name: str) -> N
 @pytest.mark.parametrize("name", ["tp2-pp2-sp", "zero1-dp3", "zero3-dp3", "zero3-tp2-dp2"])
 def test_dense_haar_too(name: str) -> None:
     assert_equal_to_single(name, "haar")
+
+
+@pytest.mark.parametrize("name", ["tp2-pp2-sp", "zero1-dp3", "zero3-dp2", "bf16-dp3"])
+def test_rotated_vectors_too(name: str) -> None:
+    assert_equal_to_single(name, "hadamard", vectors=True)
+    if name == "zero3-dp2":
+        assert all(rank["cut"] == 5 and len(rank["launches"]) == STEPS for rank in ranks_of(name, "hadamard", vectors=True)), "five gains"
 
 
 @each_layout
@@ -240,11 +247,10 @@ def attempt(layout: Layout, params: dict[str, Any]) -> tuple[str, str]:
     [
         (Layout(2, zero=1), {"axes": "both"}, 'axes "both" needs whole matrices on every rank'),
         (Layout(2, tp=2), {"axes": "both"}, "run at ZeRO stage 0 with tensor 1"),
-        (Layout(2, zero=3), {"rotate_vectors": True}, "rotate_vectors needs whole matrices"),
         (Layout(2, zero=1), {"max_axis": 2}, "OrthoAdam rotates nothing"),
         (Layout(2, tp=2), {"max_axis": 2}, "OrthoAdam rotates nothing"),
     ],
-    ids=["both-zero1", "both-tp2", "vectors-zero3", "nothing-zero1", "nothing-tp2"],
+    ids=["both-zero1", "both-tp2", "nothing-zero1", "nothing-tp2"],
 )
 def test_what_cannot_be_rotated_is_refused_once(layout: Layout, params: dict[str, Any], said: str) -> None:
     (first, message), (second, _) = run_ranks(2, attempt, layout, params)
