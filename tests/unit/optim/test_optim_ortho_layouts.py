@@ -99,6 +99,7 @@ def run(layout: Layout, dtype: str, params: dict[str, Any], steps: int = STEPS) 
 
     changes = {"ds__fp16": {"enabled": True, "initial_scale_power": 4}} if dtype == "fp16" else {}
     config = config_of(layout, "AdamW", dtype, model=MODEL, **changes)
+    config["zero_optimization"] |= {key: params.pop(key) for key in ("sub_group_size",) if key in params}
     kind = params.pop("type", "OrthoAdam")
     config["optimizer"] = {"type": kind, "params": {**PARAMS, **params} if kind == "OrthoAdam" else params}
     job = jobs.start(config)
@@ -160,6 +161,16 @@ def test_rotated_vectors_too(name: str) -> None:
     assert_equal_to_single(name, "hadamard", vectors=True)
     if name == "zero3-dp2":
         assert all(rank["cut"] == 5 and len(rank["launches"]) == STEPS for rank in ranks_of(name, "hadamard", vectors=True)), "five gains"
+
+
+def test_each_sub_group_with_a_cut_row_exchanges_once() -> None:
+    """ZeRO-3 updates sub-group after sub-group; each is planned and completed on its own."""
+    ranks = run_ranks(3, run, Layout(3, zero=3), "fp32", {"sub_group_size": 2000})
+    expected = single("fp32")
+    for key, whole in expected.items():
+        mine, _ = jobs.merge(rank[key] for rank in ranks)
+        assert all(np.array_equal(mine[matrix], values) for matrix, values in whole.items()), key
+    assert all(rank["flats"] > 1 and len(rank["launches"]) == STEPS * rank["flats"] for rank in ranks)
 
 
 @each_layout
