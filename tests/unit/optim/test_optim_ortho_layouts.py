@@ -39,6 +39,7 @@ LAYOUTS: dict[str, tuple[Layout, str]] = {
     "bf16-dp2": (Layout(2, zero=1), "bf16"),
     "bf16-dp3": (Layout(3, zero=1), "bf16"),
     "bf16-zero3-dp3": (Layout(3, zero=3), "bf16"),
+    "bf16-zero3-offload": (Layout(3, zero=3, offload=True), "bf16"),
     "fp16-zero1-dp3": (Layout(3, zero=1), "fp16"),
     "fp16-zero2-dp2": (Layout(2, zero=2), "fp16"),
 }
