@@ -19,6 +19,7 @@ LENGTHS = [rows * (width or 37) for _, rows, width in MATRICES]
 TOTAL = sum(LENGTHS)
 CUTS = {
     "quarters": (0, TOTAL // 4, TOTAL // 2, 3 * TOTAL // 4, TOTAL),
+    "inner rows": (0, 100, 230, 400, TOTAL),
     "one row on four ranks": (0, 500, 700, 1000, TOTAL),
     "between rows": (0, 48 * 2, 48 * 7 + 37 + 20, TOTAL - 64, TOTAL),
     "a rank without a cut row": (0, 48 * 2, 48 * 4, 48 * 7 + 37 + 31, TOTAL),
@@ -96,7 +97,7 @@ def rows_on_a_rank(cuts: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def test_rows_are_known_by_their_number_in_the_matrix() -> None:
-    seen = run_ranks(4, rows_on_a_rank, CUTS["quarters"])
+    seen = run_ranks(4, rows_on_a_rank, CUTS["inner rows"])
     assert {row for rank in seen for row in rank} == {(width, row) for _, rows, width in MATRICES if width for row in range(rows)}
     assert sum(map(len, seen)) > sum(rows for _, rows, width in MATRICES if width), "owners compute a cut row each"
 
