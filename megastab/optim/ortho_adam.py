@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from megastab.config.errors import UserError
+from megastab.optim import row_op
 from megastab.optim.ortho_plan import FlatPlan, Segment, plan_flat
 from megastab.optim.rotation import Rotation, RotationKind, rotation_of, true_fp32
 from megastab.optim.row_step import Pace, Views
@@ -204,6 +205,8 @@ class OrthoAdam(Optimizer):
                 "step"
             )
         if not self._alone:
+            if collectives.world()[1] == 1 and self.settings["rotation"] == "hadamard":
+                row_op.agree()  # of several ranks the binding asks
             self._alone = {key: self._plan_alone(held) for key, held in self._own.items()}
             if not any(plan.whole for plan in self._alone.values()):
                 raise UserError(
