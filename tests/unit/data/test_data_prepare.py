@@ -145,7 +145,13 @@ def test_interrupted_run_cleans_up(tokenizer: Tokenizer, texts: list[str], tmp_p
     tool = Path(__file__).parents[3] / "tools" / "prepare_data.py"
     command = [sys.executable, str(tool), str(big), "--output", str(out / "d"), "--tokenizer", tokenizer.path, "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": str(tool.parents[1])}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background job inherits SIGINT ignored
+    )
     deadline = time.monotonic() + 30
     while not list(out.glob("*/*.all")) and time.monotonic() < deadline:
         time.sleep(0.02)
