@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -29,7 +30,9 @@ each_width = pytest.mark.parametrize("width", WIDTHS)
 @pytest.fixture
 def op() -> None:
     """The op in use; the first test builds it, unless an earlier run has."""
-    if "built C++ op" not in row_op.agree():
+    said = row_op.agree()
+    if "built C++ op" not in said:
+        assert shutil.which(os.environ.get("CXX", "c++")) is None, f"there is a compiler, and yet: {said}"
         pytest.skip("no compiler here: torch does the work")
 
 
