@@ -12,7 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 Arch = Literal["gpt", "llama"]
 Activation = Literal["gelu", "silu", "relu", "relu2", "topk"]
-Norm = Literal["layernorm", "rmsnorm", "rmsnorm_scalar"]
+Norm = Literal["layernorm", "rmsnorm", "rmsnorm_scalar", "dyt"]
+NormPosition = Literal["pre", "post", "peri", "reordered"]
+QKNorm = Literal["none", "head", "full"]
+Sink = Literal["none", "softmax1", "learned", "kv_bias"]
+OutputGate = Literal["none", "head", "element"]
 InitScheme = Literal["normal", "residual_scaled", "lir"]
 Recompute = Literal["none", "selective", "full"]
 ScheduleKind = Literal["cosine", "linear", "wsd", "constant"]
@@ -47,6 +51,17 @@ class InitConfig(Section):
     """Standard deviation of every matrix before the scheme's factor."""
 
 
+class DyTConfig(Section):
+    """Dynamic tanh (arXiv 2503.10622), read with ``norm: dyt``: ``gain * tanh(alpha x) + bias`` in place of a norm."""
+
+    alpha_attention: PositiveFloat | None = None
+    """Initial alpha before attention; ``null``: the paper's for this width."""
+    alpha_other: PositiveFloat | None = None
+    """Initial alpha everywhere else, the final norm included; ``null``: the paper's for this width."""
+    embedding_scale: bool = True
+    """A learned factor on the embedding's output, sqrt(hidden_size) at the start."""
+
+
 class ModelConfig(Section):
     """The network. A field left at ``null`` takes its architecture's value, so that none is null once the model is built."""
 
@@ -79,6 +94,28 @@ class ModelConfig(Section):
     """``rmsnorm_scalar``: one gain for all channels, so that the norm prefers none. ``null``: layernorm for gpt, rmsnorm for llama."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the variance or mean square before the root."""
+    dyt: DyTConfig = DyTConfig()
+    """Dynamic tanh, with ``norm: dyt``."""
+    norm_position: NormPosition = "pre"
+    """``pre``: x + f(norm(x)); ``post``: norm(x + f(x)); ``peri``: x + norm(f(norm(x))), and a norm after the embedding with
+    ``embedding_norm`` (Peri-LN, arXiv 2502.02732); ``reordered``: x + norm(f(x)) (OLMo 2, arXiv 2501.00656)."""
+    layer_norm_scaling: bool = False
+    """Multiply what a block's input norms give by 1/sqrt(l) in block l from 1 (arXiv 2502.05795)."""
+    embedding_norm: bool = False
+    """A norm right after the embedding."""
+    embedding_multiplier: PositiveFloat = 1.0
+    """Fixed factor on the embedding's output (Gemma: sqrt(hidden_size))."""
+    qk_norm: QKNorm = "none"
+    """RMSNorm of queries and keys before the rotation: ``head``, over each head (Qwen3); ``full``, over the whole projection (OLMo 2)."""
+    sink: Sink = "none"
+    """Where a query's attention may go besides the keys: ``softmax1``, a logit of 0; ``learned``, a logit a head (gpt-oss);
+    ``kv_bias``, a learned key and value a KV head, without position."""
+    output_gate: OutputGate = "none"
+    """Attention's output times sigmoid(x W), before the output projection (arXiv 2505.06708): one gate a head, or one a channel."""
+    attention_softcap: PositiveFloat | None = None
+    """c in c tanh(logit / c) on attention's logits (Gemma 2: 50); computed a chunk of queries at a time, outside the flash kernel."""
+    logit_softcap: PositiveFloat | None = None
+    """The same on the final logits (Gemma 2: 30)."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies (llama)."""
     init: InitConfig = InitConfig()
@@ -269,6 +306,15 @@ class TVRConfig(Section):
         return self
 
 
+class QKClipConfig(Section):
+    """QK-clip (MuonClip, arXiv 2507.20534): queries' and keys' weights of a head whose largest logit is above a threshold are shrunk."""
+
+    threshold: PositiveFloat = 100.0
+    """Largest logit q.k / sqrt(head width) a head may reach in a step."""
+    balance: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of the factor's logarithm the queries take; the keys take the rest."""
+
+
 class StabilityConfig(Section):
     """What keeps the run stable; each method is off at ``null``, and at most one clips."""
 
@@ -282,6 +328,8 @@ class StabilityConfig(Section):
     """Instead of ZClip."""
     tvr: TVRConfig | None = None
     """Variance rescaling; ``{}`` for the defaults."""
+    qk_clip: QKClipConfig | None = None
+    """Clipping of attention's logits through the weights; ``{}`` for the defaults."""
     policy: PolicyConfig = PolicyConfig()
     """Bad steps."""
 
