@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import deepspeed
 import torch
@@ -29,8 +29,7 @@ class UnsupportedEngine(RuntimeError):
     """This DeepSpeed engine cannot be driven; the message names what is missing."""
 
 
-@dataclass(frozen=True)
-class Fragment:
+class Fragment(NamedTuple):
     """The piece of one logical matrix whose fp32 master this rank owns."""
 
     parameter: nn.Parameter
@@ -40,8 +39,15 @@ class Fragment:
     """First element, in the rank-local matrix of ``part`` flattened; the piece is ``master.numel()`` long."""
     master: Tensor
     """fp32 view, 1-D."""
-    low: Tensor
-    """The same elements of the low-precision copy, 1-D; the master itself where there is no copy."""
+    copy: Tensor
+    """What holds the low-precision copy, in any shape; the master itself where there is none."""
+    copy_start: int = 0
+    """First element in ``copy``."""
+
+    @property
+    def low(self) -> Tensor:
+        """The same elements of the low-precision copy, 1-D."""
+        return self.copy.data.view(-1).narrow(0, self.copy_start, self.master.numel())
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,17 @@ def cut_by_part(info: ParamInfo, first: int, length: int) -> Iterator[tuple[Part
         offset = stop
 
 
-def split_parts(parameter: nn.Parameter, info: ParamInfo, first: int, master: Tensor, low: Tensor) -> Iterator[Fragment]:
-    """Cut elements [first, first + len) of a rank-local parameter into pieces of its logical matrices."""
+def split_parts(
+    parameter: nn.Parameter, info: ParamInfo, first: int, master: Tensor, copy: Tensor, copy_first: int = 0
+) -> Iterator[Fragment]:
+    """Cut elements [first, first + len(master)) of a rank-local parameter into pieces of its logical matrices.
+
+    ``copy`` holds the same elements in low precision from its ``copy_first`` on.
+    """
     for part, start, here in cut_by_part(info, first, master.numel()):
-        yield Fragment(parameter, info, part, start, master[here], low[here])
+        length = here.stop - here.start
+        piece = master if length == master.numel() else master.narrow(0, here.start, length)
+        yield Fragment(parameter, info, part, start, piece, copy, copy_first + here.start)
 
 
 NORM_BLOCK = 1 << 12  # elements; a block's error is 3e-7 also where a few entries carry the norm, and blocks cost no time
@@ -113,6 +126,7 @@ class Adapter(ABC):
         self._after_update: list[Callable[[], bool]] = []
         self._limit: float | None = None
         self._armed = False
+        self._parameters = [p for p in engine.module.parameters() if p.requires_grad]  # as the optimizer found them
         self._names = {id(p): name for name, p in engine.module.named_parameters()}
         missing = [name for name in self.relies_on if not hasattr(self.optimizer, name)]
         if missing:
@@ -150,7 +164,7 @@ class Adapter(ABC):
 
     def parameters(self) -> list[nn.Parameter]:
         """Trainable parameters in module order."""
-        return [p for p in self.engine.module.parameters() if p.requires_grad]
+        return list(self._parameters)
 
     def info(self, parameter: nn.Parameter) -> ParamInfo:
         """The parameter's description, made from its name if it is foreign."""

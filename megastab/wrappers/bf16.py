@@ -117,9 +117,8 @@ def linked_fragment(adapter: Adapter, parameter: nn.Parameter) -> Iterator[Fragm
     link = getattr(parameter, "_hp_mapping", None)
     if link is None:
         return
-    first, length = link.lp_fragment_address.start, link.lp_fragment_address.numel
-    low = parameter.data.view(-1).narrow(0, first, length)
-    yield from split_parts(parameter, adapter.info(parameter), first, link.hp_fragment.view(-1), low)
+    first = link.lp_fragment_address.start
+    yield from split_parts(parameter, adapter.info(parameter), first, link.hp_fragment, parameter, first)
 
 
 def linked_gradient(parameter: nn.Parameter) -> tuple[int, Tensor] | None:

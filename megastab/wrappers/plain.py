@@ -44,8 +44,7 @@ class PlainAdapter(Adapter):
     def fragments(self) -> Iterator[Fragment]:
         """Whole parameters: they are their own masters."""
         for parameter in self.parameters():
-            flat = parameter.data.view(-1)
-            yield from split_parts(parameter, self.info(parameter), 0, flat, flat)
+            yield from split_parts(parameter, self.info(parameter), 0, parameter.data.view(-1), parameter)
 
     def stepped(self) -> list[Tensor]:
         """The parameters themselves."""

@@ -155,6 +155,30 @@ def test_deviations_of_plain_tensors() -> None:
     assert tvr.stds == pytest.approx({"a": 0.0316227766, "b": 0.001 * math.sqrt(2)}, rel=1e-6)
 
 
+# Runs: whole blocks join, a ragged end closes a run, a hole and another storage do too.
+@pytest.mark.parametrize(
+    ("lengths", "runs"),
+    [((2 * BLOCK, BLOCK, 3 * BLOCK), 1), ((BLOCK, BLOCK + 5, BLOCK, 7), 2), ((5, 9, 13), 3), ((4 * BLOCK,), 1)],
+)
+def test_neighbours_in_memory_are_summed_at_once_to_the_same_bits(lengths: tuple[int, ...], runs: int) -> None:
+    flat = torch.randn(3 + sum(lengths), generator=torch.Generator().manual_seed(0))
+    pieces = list(flat[3:].split(lengths))
+    joined = list(tvr_module._runs(pieces))
+    assert len(joined) == runs and torch.equal(torch.cat(joined), flat[3:])
+    assert torch.equal(tvr_module._sums(pieces), torch.cat([tvr_module._sums([piece.clone()]) for piece in pieces]))
+    backwards = list(reversed(pieces))  # neighbours, in the wrong order
+    assert torch.equal(torch.cat(list(tvr_module._runs(backwards))), torch.cat(backwards))
+
+
+def test_a_run_ends_with_its_storage_and_before_a_hole() -> None:
+    memory = bytearray(torch.randn(4 * BLOCK, generator=torch.Generator().manual_seed(0)).numpy().tobytes())
+    left, right = (torch.frombuffer(memory, dtype=torch.float32, count=2 * BLOCK, offset=offset) for offset in (0, 8 * BLOCK))
+    assert left.data_ptr() + 8 * BLOCK == right.data_ptr(), "neighbours in memory, of two storages"
+    assert [run.numel() for run in tvr_module._runs([left, right])] == [2 * BLOCK, 2 * BLOCK]
+    hole = torch.zeros(3 * BLOCK)
+    assert [run.numel() for run in tvr_module._runs([hole[:BLOCK], hole[2 * BLOCK :]])] == [BLOCK, BLOCK]
+
+
 @pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 17])
 @pytest.mark.parametrize("mean", [0.0, 0.02])
 def test_sums_are_those_of_doubles_at_every_length(size: int, mean: float) -> None:
