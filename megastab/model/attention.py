@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megastab.config.schema import ModelConfig
 from megastab.model.context import Context
+from megastab.model.flash import attend_with_bias, attend_with_logit
+from megastab.model.kernels import Mask
 from megastab.model.kv_cache import KVCache
-from megastab.model.rope import rope_table, rotate_split
+from megastab.model.qk_norm import build_qk_norms
+from megastab.model.rope import rope_table, rotate, rotate_split
+from megastab.model.sinks import build_sink
 from megastab.parallel.grid import TensorParallel, kv_copies
 from megastab.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megastab.parallel.param_info import Part
 
 
+Call = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]  # q [B, N, S, H], k and v [B, K, L, H], mask -> [B, N, S, H]
+
+
 class Attention(nn.Module):
     """q, k and v as one product where every rank has its own KV heads; q and k+v apart where ranks share a KV head, because who
-    counts a parameter must have one answer for the whole of it."""
+    counts a parameter must have one answer for the whole of it. The rows of an output gate lie behind q's product."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, layer: int):
         super().__init__()
@@ -29,59 +39,100 @@ class Attention(nn.Module):
         name, has_bias = f"layers.{layer}.attention", config.arch == "gpt"
         q = Part.cut(f"{name}.q", "q", config.num_heads * self.head_dim, tp)
         k, v = (Part.cut(f"{name}.{x}", x, config.num_kv_heads * self.head_dim, tp, self.copies) for x in ("k", "v"))
-        width = config.hidden_size
+        width, gates = config.hidden_size, {"none": 0, "head": config.num_heads, "element": config.num_heads * self.head_dim}
+        gate = (Part.cut(f"{name}.output_gate", "output_gate", gates[config.output_gate], tp),) if config.output_gate != "none" else ()
+        self.gates = gates[config.output_gate] // tp.size
         if self.copies == 1:
-            self.qkv = ColumnParallelLinear((q, k, v), width, tp, layer, has_bias)
+            self.qkv = ColumnParallelLinear((q, k, v, *gate), width, tp, layer, has_bias)
         else:
-            self.q = ColumnParallelLinear((q,), width, tp, layer, has_bias)
+            self.q = ColumnParallelLinear((q, *gate), width, tp, layer, has_bias)
             self.kv = ColumnParallelLinear((k, v), width, tp, layer, has_bias, self.copies)
         o = Part.cut(f"{name}.o", "o", config.num_heads * self.head_dim, tp)
         self.o = RowParallelLinear(o, width, tp, layer, has_bias)
+        self.q_norm, self.k_norm = build_qk_norms(name, config, tp, layer)
+        self.has_softmax1, self.sink, self.cap = config.sink == "softmax1", build_sink(name, config, tp, layer), config.attention_softcap
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
-        """[T, D] -> (q+k+v [G, (N+2K)*H]), or (q [G, N*H], k+v [G, 2*K*H]) where ranks share KV heads."""
+        """[T, D] -> (q+k+v [G, (N+2K)*H]), or (q [G, N*H], k+v [G, 2*K*H]) where ranks share KV heads; the first with the gate's rows
+        behind, [G, N] or [G, N*H]."""
         return (self.qkv(x_TD),) if self.copies == 1 else (self.q(x_TD), self.kv(x_TD))
 
     def mix(self, projected: tuple[Tensor, ...], context: Context, cache: KVCache | None = None) -> Tensor:
-        """Rotate and attend, without communication: -> [G, N*H]."""
+        """Normalise, rotate, attend and gate: -> [G, N*H]. Only ``qk_norm: full`` communicates."""
+        gate_GM = None
+        if self.gates:
+            first, gate_GM = projected[0].split((projected[0].shape[1] - self.gates, self.gates), dim=1)
+            projected = (first, *projected[1:])
         q_BSNH, k_BSKH, v_BSKH = self._heads(projected, context)
         if cache is not None:
             k_BSKH, v_BSKH = cache.append(k_BSKH, v_BSKH)
-        return attend(q_BSNH, k_BSKH, v_BSKH, context.document_ids).reshape(context.batch * context.seq, -1)
+        out_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, context.document_ids, self._call(q_BSNH))
+        out_GX = out_BSNH.reshape(context.batch * context.seq, -1)
+        return out_GX if gate_GM is None else _gated(out_GX, gate_GM)
 
     def _heads(self, projected: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
         n, k = self.num_heads, self.num_kv_heads
         # (heads of each run, how many runs are turned): queries and keys turn, values do not
         runs = (((n, k, k), 2),) if self.copies == 1 else (((n,), 1), ((k, k), 1))
         fused = [x.view(context.batch, context.seq, -1, self.head_dim) for x in projected]
-        if self.theta is None:
-            return tuple(run for x, (heads, _) in zip(fused, runs, strict=True) for run in x.split(heads, dim=2))
-        table = rope_table(context.seq, self.head_dim, self.theta, projected[0].device, context.first_position)
-        return tuple(run for x, (heads, turned) in zip(fused, runs, strict=True) for run in rotate_split(x, table, heads, turned))
+        table = None
+        if self.theta is not None:
+            table = rope_table(context.seq, self.head_dim, self.theta, projected[0].device, context.first_position)
+        if table is not None and self.q_norm is None:
+            return tuple(run for x, (heads, turned) in zip(fused, runs, strict=True) for run in rotate_split(x, table, heads, turned))
+        q_BSNH, k_BSKH, v_BSKH = (run for x, (heads, _) in zip(fused, runs, strict=True) for run in x.split(heads, dim=2))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSNH, k_BSKH = self.q_norm(q_BSNH), self.k_norm(k_BSKH)
+            if table is not None:
+                q_BSNH, k_BSKH = rotate(q_BSNH, table), rotate(k_BSKH, table)
+        return q_BSNH, k_BSKH, v_BSKH
+
+    def _call(self, like: Tensor) -> Call:
+        """Attention with this layer's sink and cap."""
+        if self.has_softmax1:
+            return partial(attend_with_logit, cap=self.cap)
+        if self.sink is None:
+            return _plain if self.cap is None else partial(attend_with_logit, logit_N=like.new_full((1,), -torch.inf), cap=self.cap)
+        term = self.sink(like)
+        if isinstance(term, Tensor):
+            return partial(attend_with_logit, logit_N=term, cap=self.cap)
+        key_KH, value_KH = term
+        if self.k_norm is not None:
+            key_KH = self.k_norm(key_KH[None, None])[0, 0]
+        return partial(attend_with_bias, bias=(key_KH, value_KH), cap=self.cap)
 
     def forward(self, x_TD: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
         """[T, D] -> [T, D]."""
         return self.o(self.mix(self.project(x_TD), context, cache))
 
 
-def attend(q_BSNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, document_ids: Tensor | None = None) -> Tensor:
+def _gated(out_GX: Tensor, gate_GM: Tensor) -> Tensor:
+    """Each head (M = N) or channel (M = X) times the sigmoid of its gate (arXiv 2505.06708)."""
+    return (out_GX.unflatten(1, (gate_GM.shape[1], -1)) * gate_GM.sigmoid().unsqueeze(-1)).flatten(1)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    has_groups = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.seen, is_causal=mask.is_causal, enable_gqa=has_groups)
+
+
+def attend(q_BSNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, document_ids: Tensor | None = None, call: Call = _plain) -> Tensor:
     """Causal attention of the last S of L positions: -> [B, S, N, H]. No S x S tensor is kept."""
     if document_ids is not None:
-        return _attend_documents(q_BSNH, k_BLKH, v_BLKH, document_ids)
+        return _attend_documents(q_BSNH, k_BLKH, v_BLKH, document_ids, call)
     q, k, v = (x.transpose(1, 2) for x in (q_BSNH, k_BLKH, v_BLKH))
     has_past = k.shape[2] != q.shape[2]
-    mask = None
+    seen = None
     if has_past and q.shape[2] > 1:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not has_past, enable_gqa=k.shape[1] != q.shape[1])
-    return out.transpose(1, 2)
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    return call(q, k, v, Mask(not has_past, seen)).transpose(1, 2)
 
 
-def _attend_documents(q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, document_ids: Tensor) -> Tensor:
+def _attend_documents(q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, document_ids: Tensor, call: Call) -> Tensor:
     """Attention within documents: one causal call per run of equal ids, so that no mask is ever made."""
     samples = []
     for b in range(q_BSNH.shape[0]):
         lengths = torch.unique_consecutive(document_ids[b], return_counts=True)[1].tolist()
         runs = zip(*(x[b : b + 1].split(lengths, dim=1) for x in (q_BSNH, k_BSKH, v_BSKH)), strict=True)
-        samples.append(torch.cat([attend(q, k, v) for q, k, v in runs], dim=1))
+        samples.append(torch.cat([attend(q, k, v, call=call) for q, k, v in runs], dim=1))
     return torch.cat(samples)

@@ -10,7 +10,19 @@ def block_matrices(model: ModelConfig) -> int:
     """Elements of one block's matrices."""
     kv = model.num_kv_heads * model.head_dim
     mlp = 3 if model.arch == "llama" else 2
-    return model.hidden_size * (2 * model.hidden_size + 2 * kv + mlp * model.ffn_hidden_size)
+    return model.hidden_size * (2 * model.hidden_size + 2 * kv + gate_rows(model) + mlp * model.ffn_hidden_size)
+
+
+def gate_rows(model: ModelConfig) -> int:
+    """Gates of a token on attention's output."""
+    return {"none": 0, "head": model.num_heads, "element": model.hidden_size}[model.output_gate]
+
+
+def attention_vectors(model: ModelConfig) -> int:
+    """Elements of one block's query and key norms and of its sink."""
+    kv = model.num_kv_heads * model.head_dim
+    norms = {"none": 0, "head": 2 * model.head_dim, "full": model.hidden_size + kv}[model.qk_norm]
+    return norms + {"none": 0, "softmax1": 0, "learned": model.num_heads, "kv_bias": 2 * kv}[model.sink]
 
 
 def norm_vectors(model: ModelConfig) -> int:
@@ -20,11 +32,12 @@ def norm_vectors(model: ModelConfig) -> int:
 
 def block_vectors(model: ModelConfig) -> int:
     """Elements of one block's gains and biases."""
-    gains = 2 * norm_vectors(model)
+    gains = 2 * norm_vectors(model) + attention_vectors(model)
     if model.arch == "llama":
         return gains
     kv = model.num_kv_heads * model.head_dim
-    return gains + 3 * model.hidden_size + 2 * kv + model.ffn_hidden_size  # q, o, down biases; k and v; up
+    # biases of q, o and down; k and v; the gate; up
+    return gains + 3 * model.hidden_size + 2 * kv + gate_rows(model) + model.ffn_hidden_size
 
 
 def num_parameters(model: ModelConfig) -> int:

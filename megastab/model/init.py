@@ -5,7 +5,10 @@
 | embedding, position, head              | std    | std                 | std                      |
 | q, k, v, gate, up of layer l (from 1)  | std    | std                 | std / sqrt(l)            |
 | o, down                                | std    | std / sqrt(2 L)     | std / sqrt(l)            |
+| output_gate of layer l                 | std    | std                 | std / sqrt(l)            |
 | norm gains, biases, padding rows       | 1, 0, 0 under every scheme                               |
+| learned sink logits                    | 0 under every scheme                                     |
+| kv_bias key and value                  | 0.02 under every scheme (arXiv 2402.17762)               |
 """
 
 from __future__ import annotations
@@ -25,11 +28,15 @@ Held = tuple[Tensor, int]
 
 _OUTSIDE: frozenset[Role] = frozenset({"embedding", "position", "head"})
 _RESIDUAL: frozenset[Role] = frozenset({"o", "down"})
+_ZERO: frozenset[Role] = frozenset({"bias", "sink"})
+_KV_BIAS_STD = 0.02
 
 
 def weight_std(role: Role, layer: int | None, config: ModelConfig) -> float:
     """Standard deviation of a matrix of ``role`` in 0-based ``layer``."""
     std = config.init.std
+    if role == "kv_bias":
+        return _KV_BIAS_STD
     if role in _OUTSIDE or layer is None:
         return std
     if config.init.scheme == "lir":
@@ -72,7 +79,7 @@ def _fill(info: ParamInfo, local: Tensor, first: int, config: ModelConfig, seed:
 def _fill_part(piece: Tensor, part: Part, width: int, start: int, layer: int | None, config: ModelConfig, seed: int) -> None:
     if part.role == "norm":
         piece.fill_(1.0)
-    elif part.role == "bias":
+    elif part.role in _ZERO:
         piece.zero_()
     else:
         rng.fill_normal_(piece, weight_std(part.role, layer, config), seed, part.name, start)

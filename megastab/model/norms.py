@@ -36,6 +36,11 @@ class _RMSNormFunction(torch.autograd.Function):
         return dx_TD.to(x_TD.dtype), dgain_D, None
 
 
+def rms_norm(x_TD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * gain`` over the last of two dimensions."""
+    return _RMSNormFunction.apply(x_TD, gain_D, eps)
+
+
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * gain`` (arXiv 1910.07467)."""
 

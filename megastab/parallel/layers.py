@@ -116,6 +116,12 @@ def replicated(part: Part, width: int | None, tp: TensorParallel, layer: int | N
     return describe(parameter, ParamInfo((part,), layer, width, tp.rank == 0, grad_group=group))
 
 
+def shared_by_heads(part: Part, tp: TensorParallel, layer: int) -> nn.Parameter:
+    """An uninitialised vector every tp rank holds whole and applies to its own heads, so that each rank's gradient is one term of the
+    sum, whether or not it sees all tokens."""
+    return describe(nn.Parameter(torch.empty(part.rows)), ParamInfo((part,), layer, None, tp.rank == 0, grad_group=tp.group))
+
+
 class ColumnParallelLinear(nn.Module):
     """``[T, D] -> [G, O]``: rows of one or several fused matrices, cut over tp by output."""
 

@@ -15,8 +15,10 @@ from torch import nn
 from megastab.parallel.collectives import Group
 from megastab.parallel.grid import TensorParallel
 
-Role = Literal["embedding", "position", "head", "q", "k", "v", "o", "gate", "up", "down", "norm", "bias", "other"]
-VECTOR_ROLES: frozenset[Role] = frozenset({"norm", "bias"})
+Role = Literal[
+    "embedding", "position", "head", "q", "k", "v", "o", "output_gate", "gate", "up", "down", "norm", "bias", "sink", "kv_bias", "other"
+]
+VECTOR_ROLES: frozenset[Role] = frozenset({"norm", "bias", "sink", "kv_bias"})
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class ParamInfo:
 
     @property
     def decays(self) -> bool:
-        """Weight decay is for matrices; gains and biases keep their scale."""
+        """Weight decay is for matrices; gains, biases and sinks keep their scale."""
         return self.parts[0].role not in VECTOR_ROLES
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megastab.config.layout import Layout
 from megastab.config.schema import ModelConfig
 from megastab.config.vocab import padded_vocab
-from megastab.model.counts import layer_costs
+from megastab.model.counts import gate_rows, layer_costs
 from megastab.parallel.partition import stage_bounds
 
 
@@ -88,9 +88,9 @@ def _norm(model: ModelConfig, name: str) -> Iterator[Weight]:
 
 def _block(model: ModelConfig, tensor: int, name: str) -> Iterator[Weight]:
     width, has_bias = model.hidden_size, model.arch == "gpt"
-    q, kv, mlp = width // tensor, kv_width(model, tensor), model.ffn_hidden_size // tensor
-    # q, k and v are one parameter unless tensor-parallel ranks share a KV head.
-    projections = {"qkv": q + 2 * kv} if model.num_kv_heads >= tensor else {"q": q, "kv": 2 * kv}
+    q, kv, mlp, gates = width // tensor, kv_width(model, tensor), model.ffn_hidden_size // tensor, gate_rows(model) // tensor
+    # q, k and v are one parameter unless tensor-parallel ranks share a KV head; an output gate is part of q's.
+    projections = {"qkv": q + 2 * kv + gates} if model.num_kv_heads >= tensor else {"q": q + gates, "kv": 2 * kv}
     up = 2 * mlp if model.arch == "llama" else mlp
     yield from _norm(model, f"{name}.attention_norm")
     for matrix, rows in (*projections.items(), ("up", up)):
@@ -102,6 +102,15 @@ def _block(model: ModelConfig, tensor: int, name: str) -> Iterator[Weight]:
         yield Weight(f"{name}.{matrix}", rows * width)
         if has_bias:
             yield Weight(f"{name}.{matrix}.bias", width, decays=False)
+    yield from _attention_vectors(model, tensor, name)
+
+
+def _attention_vectors(model: ModelConfig, tensor: int, name: str) -> Iterator[Weight]:
+    q, kv = model.hidden_size // tensor, kv_width(model, tensor)
+    norms = {"none": {}, "head": {"q_norm": model.head_dim, "k_norm": model.head_dim}, "full": {"q_norm": q, "k_norm": kv}}[model.qk_norm]
+    sinks = {"learned": {"sink": model.num_heads // tensor}, "kv_bias": {"sink": 2 * kv}}.get(model.sink, {})
+    for vector, elements in {**norms, **sinks}.items():
+        yield Weight(f"{name}.{vector}", elements, decays=False)
 
 
 def kv_width(model: ModelConfig, tensor: int) -> int:
