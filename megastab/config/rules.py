@@ -75,6 +75,16 @@ def _even_head(facts: Facts) -> str | None:
     )
 
 
+def _normed_heads(facts: Facts) -> str | None:
+    model = facts.megastab.model
+    if model.qk_norm != "head" or model.hidden_size // model.num_heads != 1:
+        return None
+    return (
+        f"megastab.model.qk_norm = head with hidden_size / num_heads = {model.hidden_size} / {model.num_heads} = 1 leaves of each head "
+        f"its sign alone: use fewer heads, or qk_norm = full."
+    )
+
+
 def _query_groups(facts: Facts) -> str | None:
     model = facts.megastab.model
     if model.num_heads % model.num_kv_heads == 0:
@@ -194,6 +204,7 @@ def _divisors(number: int) -> str:
 RULES: tuple[Rule, ...] = (
     _hidden_over_heads,
     _even_head,
+    _normed_heads,
     _query_groups,
     _heads_over_tensor,
     _kv_heads_over_tensor,

@@ -109,9 +109,10 @@ class ModelConfig(Section):
     """RMSNorm of queries and keys before the rotation: ``head``, over each head (Qwen3); ``full``, over the whole projection (OLMo 2)."""
     sink: Sink = "none"
     """Where a query's attention may go besides the keys: ``softmax1``, a logit of 0; ``learned``, a logit a head (gpt-oss);
-    ``kv_bias``, a learned key and value a KV head, without position."""
+    ``kv_bias``, a learned key and value a KV head, without position (the key normed and its logits capped as the others)."""
     output_gate: OutputGate = "none"
-    """Attention's output times sigmoid(x W), before the output projection (arXiv 2505.06708): one gate a head, or one a channel."""
+    """Attention's output times sigmoid(x W), before the output projection (arXiv 2505.06708): one gate a head, or one a channel.
+    TVR leaves W alone."""
     attention_softcap: PositiveFloat | None = None
     """c in c tanh(logit / c) on attention's logits (Gemma 2: 50); computed a chunk of queries at a time, outside the flash kernel."""
     logit_softcap: PositiveFloat | None = None

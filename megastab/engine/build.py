@@ -67,7 +67,7 @@ def compile_blocks(module: nn.Module, is_partitioned: bool = False) -> None:
     for part in module.modules():
         if isinstance(part, Block) and not is_partitioned:
             part.compile()
-        elif isinstance(part, Attention) and is_partitioned:
+        elif isinstance(part, Attention) and is_partitioned and not part.mixes_by_parameters:
             part.mix = torch.compile(part.mix)  # type: ignore[method-assign]
         elif isinstance(part, MLP) and is_partitioned:
             part.activate = torch.compile(part.activate)  # type: ignore[method-assign]

@@ -21,7 +21,6 @@ from megastab.parallel.grid import TensorParallel, kv_copies
 from megastab.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megastab.parallel.param_info import Part
 
-
 Call = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]  # q [B, N, S, H], k and v [B, K, L, H], mask -> [B, N, S, H]
 
 
@@ -51,6 +50,11 @@ class Attention(nn.Module):
         self.o = RowParallelLinear(o, width, tp, layer, has_bias)
         self.q_norm, self.k_norm = build_qk_norms(name, config, tp, layer)
         self.has_softmax1, self.sink, self.cap = config.sink == "softmax1", build_sink(name, config, tp, layer), config.attention_softcap
+
+    @property
+    def mixes_by_parameters(self) -> bool:
+        """Whether :meth:`mix` calls modules that hold parameters."""
+        return self.q_norm is not None or self.sink is not None
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         """[T, D] -> (q+k+v [G, (N+2K)*H]), or (q [G, N*H], k+v [G, 2*K*H]) where ranks share KV heads; the first with the gate's rows

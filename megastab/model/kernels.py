@@ -77,9 +77,7 @@ class CpuFlash(_Flash):
         """As :class:`Kernel`."""
         dout, q, k, v = _dense_rows(dout, q, k, v)
         bias = mask.additive(q.dtype)
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
-            dout, q, k, v, out, lse, 0.0, mask.is_causal, attn_mask=bias
-        )
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, mask.is_causal, attn_mask=bias)
 
 
 class GpuFlash(_Flash):
@@ -103,7 +101,7 @@ class GpuFlash(_Flash):
         dout, q, k, v = _dense_rows(dout, q, k, v)
         starts_q, starts_k, seed, offset = kept
         lengths = (q.shape[2], k.shape[2])
-        return aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+        return aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse, starts_q, starts_k, *lengths, 0.0, mask.is_causal, seed, offset
         )
 

@@ -14,7 +14,7 @@ from megastab.config.schema import ModelConfig
 from megastab.model.norms import rms_norm
 from megastab.parallel import collectives
 from megastab.parallel.grid import TensorParallel, kv_copies
-from megastab.parallel.layers import shared_by_heads, sharded
+from megastab.parallel.layers import sharded, shared_by_heads
 from megastab.parallel.param_info import Part
 
 

@@ -9,8 +9,9 @@ rank's query and key channels, F its MLP channels, V its vocabulary rows, e byte
 | selective  | both norms' inputs and outputs | fused q+k+v, out                           | gate+up, product              |
 | full       | the block's input              |                                            |                               |
 
-plus what is small: statistics of norms and softmax, rotary tables, dropout's masks. Recompute brings one block's share back while its
-backward runs. Not counted: what a kernel allocates inside, and the allocator's fragments.
+plus, with an output gate, the gates and the gated output; with norms of queries and keys, these normed (gpt) and their inputs (by head);
+with a kv_bias, its logits; and what is small: statistics of norms and softmax, rotary tables, dropout's masks. Recompute brings one
+block's share back while its backward runs. Not counted: what a kernel allocates inside, and the allocator's fragments.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from megastab.config.config import Config
 from megastab.config.schema import ModelConfig, Recompute
 from megastab.config.vocab import padded_vocab
+from megastab.model.counts import gate_rows
 from megastab.plan.parameters import Stage, kv_width
 
 FP32 = 4
@@ -118,17 +120,27 @@ def norm_statistics(model: ModelConfig, shape: Shape) -> int:
 
 def _attention_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> int:
     q, kv = model.hidden_size // shape.tensor, kv_width(model, shape.tensor)
-    fused = shape.channels(q + 2 * kv)  # values are views of the fused projection and keep the whole of it
+    gates = shape.channels(gate_rows(model) // shape.tensor)
+    fused = shape.channels(q + 2 * kv) + gates  # values are views of the fused projection and keep the whole of it
     out = shape.channels(q)
     if recompute == "selective":
         return fused + out
-    softmax = shape.tokens * (model.num_heads // shape.tensor) * FP32
-    if model.arch == "gpt":
-        return fused + out + softmax
-    turned, table = shape.channels(q + kv), shape.seq * model.head_dim * shape.element
-    if model.num_kv_heads < shape.tensor:
+    logits = shape.tokens * (model.num_heads // shape.tensor) * FP32
+    softmax = 2 * logits if model.sink == "kv_bias" else logits  # its own logits as well
+    gated = gates + out if gates else 0
+    is_normed, is_turned = model.qk_norm != "none", model.arch == "llama"
+    table = shape.seq * model.head_dim * shape.element if is_turned else 0
+    turned = shape.channels(q + kv) if is_turned or is_normed else 0  # what attention is given; without either, views
+    if is_turned and not is_normed and model.num_kv_heads < shape.tensor:
         fused = shape.channels(2 * kv)  # queries are projected apart, and nothing needs them unturned
-    return fused + turned + table + softmax + out
+    return fused + _qk_norm_bytes(model, shape, q, kv) + turned + table + softmax + out + gated
+
+
+def _qk_norm_bytes(model: ModelConfig, shape: Shape, q: int, kv: int) -> int:
+    """Inputs of the norms of queries and keys, where they are no views, and their inverse deviations."""
+    if model.qk_norm == "head":
+        return shape.channels(q + kv) + shape.tokens * FP32 * (q + kv) // model.head_dim
+    return 2 * shape.tokens * FP32 if model.qk_norm == "full" else 0
 
 
 def _mlp_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> int:

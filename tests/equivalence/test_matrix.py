@@ -51,6 +51,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "layernorm": {"model": {"norm": "layernorm"}},
     "z_loss": {"loss": {"z_loss": 1e-2}},
     "scalar": {"model": {"norm": "rmsnorm_scalar"}},
+    "softmax1_capped": {"model": {"sink": "softmax1", "attention_softcap": 0.5}},  # logits are of order 1 here
+    "learned_head_head": {"model": {"num_kv_heads": 1, "sink": "learned", "qk_norm": "head", "output_gate": "head"}},
+    "kv_bias_full_element": {"model": {"num_kv_heads": 2, "sink": "kv_bias", "qk_norm": "full", "output_gate": "element"}},
+    "kv_bias_documents": {"model": {"sink": "kv_bias", "attention_softcap": 0.5}, "data": {"document_mask": True}},
+    "kv_bias_released": {  # ZeRO-3 else keeps small parameters whole on every rank
+        "model": {"num_kv_heads": 2, "sink": "kv_bias", "qk_norm": "head"},
+        "ds__zero_optimization": {"stage3_param_persistence_threshold": 0},
+    },
+    "gpt_kv_bias_head": {"model": {**GPT, "num_kv_heads": 1, "sink": "kv_bias", "qk_norm": "head", "output_gate": "element"}},
+    "gpt_learned_full": {"model": {**GPT, "sink": "learned", "qk_norm": "full", "output_gate": "head"}},
     "lir": {"model__init": {"scheme": "lir"}},
     "residual_scaled": {"model__init": {"scheme": "residual_scaled"}},
     "padding": {"model": {"vocab_size": 130}},  # padded to 256: over tp 4 the last rank holds padding only
@@ -74,6 +84,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gqa2_clipped": {"model": {"num_kv_heads": 2}, "ds__gradient_clipping": 0.2},
     "ortho": {"model": {"num_kv_heads": 2}},
     "ortho_48": {"model": {"hidden_size": 48, "ffn_hidden_size": 80, "tie_embeddings": True}},  # rows cut by partitions
+    "ortho_gated": {"model": {"num_kv_heads": 2, "sink": "kv_bias", "qk_norm": "full", "output_gate": "head"}},
     "ortho_haar": {"model": {"tie_embeddings": True}, "ds__optimizer__params": {"rotation": "haar"}},
 }
 # Parts of the names of models some of whose steps are clipped or skipped.
@@ -131,6 +142,14 @@ FP32 = [
     *rows("relu", TP2),
     *rows("layernorm", TP2_SP),
     *rows("scalar", TP2_PP2_SP, Z3_DP2),
+    *rows("softmax1_capped", TP2, PP2, TP2_PP2_SP, Z3_DP2),
+    *rows("learned_head_head", TP2, TP4_SP, PP2, TP2_PP2_SP, Z3_DP2, Layout(2, tp=2, sp=True, compile=True)),
+    *rows("kv_bias_full_element", TP2, TP4, TP4_SP, PP2, TP2_PP2_SP, Z3_DP2, Layout(4, tp=4, sp=True, zero=3)),
+    *rows("kv_bias_full_element", Layout(2, tp=2, sp=True, compile=True), Layout(2, tp=2, sp=True, recompute="selective")),
+    *rows("kv_bias_documents", TP2, TP2_PP2_SP, Z3_DP2),
+    *rows("kv_bias_released", Z3_DP2, Layout(4, tp=2, zero=3), Layout(2, zero=3, recompute="selective"), Layout(2, zero=3, compile=True)),
+    *rows("gpt_kv_bias_head", TP2, TP2_PP2_SP, Layout(4, tp=2, zero=3)),
+    *rows("gpt_learned_full", TP2, TP2_PP2_SP, Layout(2, zero=3, recompute="full")),
     *rows("z_loss", TP2, PP2),
     *rows("lir", TP2, PP2, Z3_DP2),
     *rows("residual_scaled", TP2_PP2),
@@ -150,6 +169,7 @@ FP32 = [
     *rows("gqa2_stable", TP4, TP4_SP, *(Layout(4, tp=4, sp=True, zero=stage) for stage in (1, 3))),
     *rows("ortho", TP2, PP2, TP2_PP2_SP, DP2, Layout(4, tp=4), Z1_PP2_DP2),
     *rows("ortho_48", Z1_DP2, Z2_DP2, Z3_DP2, Layout(3, zero=3), Layout(4, tp=2, zero=3), Layout(2, zero=2, offload=True)),
+    *rows("ortho_gated", TP2_PP2_SP, Layout(4, tp=4), Layout(3, zero=3)),
     *rows("ortho_haar", TP2_PP2, Layout(3, zero=3)),
 ]  # fmt: skip
 
@@ -165,6 +185,9 @@ LOW = [
     *rows("large_tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),  # ranks with nothing to count
     *rows("dropout", Layout(2, zero=1, accumulation=2), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("llama", Layout(2, tp=2, zero=1), Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="fp16"),
+    *rows("softmax1_capped", Z1_DP2, dtype="bf16"),
+    *rows("learned_head_head", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z3_DP2, dtype="bf16"),
+    *rows("kv_bias_full_element", Layout(4, tp=4, sp=True, zero=1), Z3_DP2, dtype="bf16"),
     *rows("ortho", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z2_DP2, dtype="bf16"),
     *rows("ortho_48", Z1_DP2, Z3_DP2, dtype="bf16"),
     *rows("ortho_48", Z2_DP2, dtype="fp16"),

@@ -29,6 +29,11 @@ CASES: dict[str, Case] = {
         ("hidden_size / num_heads = 56 / 8 = 7 is odd", "use hidden_size = 64"),
         ("megastab.model.hidden_size=64",),
     ),
+    "_normed_heads": Case(
+        ("megastab.model.arch=gpt", "megastab.model.activation=gelu", "megastab.model.hidden_size=8", "megastab.model.qk_norm=head"),
+        ("megastab.model.qk_norm = head", "8 / 8 = 1", "qk_norm = full"),
+        ("megastab.model.qk_norm=full",),
+    ),
     "_query_groups": Case(
         ("megastab.model.num_kv_heads=3",),
         ("megastab.model.num_kv_heads = 3", "num_heads = 8", "one of 1, 2, 4, 8"),

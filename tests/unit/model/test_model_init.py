@@ -62,3 +62,18 @@ def test_std_outside_the_blocks_ignores_the_scheme() -> None:
     config = build({**LLAMA, "init": {"scheme": "lir", "std": 0.3}}).config
     assert weight_std("embedding", None, config) == weight_std("head", None, config) == weight_std("position", None, config) == 0.3
     assert weight_std("q", 3, config) == 0.15
+
+
+def test_gates_follow_the_table_and_sinks_their_own() -> None:
+    wide = {**LLAMA, **WIDE, "output_gate": "element", "init": {"scheme": "lir", "std": 0.05}}
+    model, other = (build({**wide, "sink": kind}) for kind in ("kv_bias", "learned"))
+    for network in (model, other):
+        init_weights(network, network.config, 1)
+    found = logical(model)
+    for layer in range(4):
+        gate, key, value = (found[f"layers.{layer}.attention.{x}"] for x in ("output_gate", "sink_key", "sink_value"))
+        assert float(gate.std()) == pytest.approx(0.05 / math.sqrt(layer + 1), rel=5 / math.sqrt(2 * gate.numel()))
+        assert not torch.equal(key, value)
+        for drawn in (key, value):
+            assert float(drawn.square().mean().sqrt()) == pytest.approx(0.02, rel=5 / math.sqrt(2 * drawn.numel()))
+        assert not logical(other)[f"layers.{layer}.attention.sink"].any()

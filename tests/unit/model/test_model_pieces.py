@@ -113,8 +113,10 @@ def test_padding_columns_are_dropped_from_logits() -> None:
         {**LLAMA, "num_kv_heads": 1, "tie_embeddings": True, "norm": "layernorm"},
         {**GPT, "norm": "rmsnorm", "num_kv_heads": 2},
         {**LLAMA, "norm": "rmsnorm_scalar"},
+        {**LLAMA, "num_kv_heads": 2, "sink": "kv_bias", "qk_norm": "full", "output_gate": "head"},
+        {**GPT, "num_kv_heads": 2, "sink": "learned", "qk_norm": "head", "output_gate": "element"},
     ],
-    ids=["llama", "gpt", "tied mqa layernorm", "gpt rmsnorm gqa", "rmsnorm_scalar"],
+    ids=["llama", "gpt", "tied mqa layernorm", "gpt rmsnorm gqa", "rmsnorm_scalar", "kv_bias full head", "gpt learned head element"],
 )
 def test_parameters_are_counted_without_building(model: dict) -> None:
     network = build(model)

@@ -53,7 +53,7 @@ def heads(n: int = 4, k: int = 2, seq: int = 13, width: int = 8, scale: float = 
     return tuple(draw(*shape, seed=i, scale=scale, dtype=dtype).transpose(1, 2) for i, shape in enumerate(shapes))
 
 
-def terms(sink: str, n: int = 4, k: int = 2, width: int = 8, scale: float = 1.0, dtype: torch.dtype = F64) -> tuple[Any, tuple[Tensor, ...]]:
+def terms(sink: str, n: int = 4, k: int = 2, width: int = 8, scale: float = 1.0, dtype: torch.dtype = F64) -> tuple[Any, Any]:
     """What a sink adds: (keyword arguments of ``dense``, its tensors)."""
     if sink == "kv_bias":
         bias = (draw(k, width, seed=7, scale=scale, dtype=dtype), draw(k, width, seed=8, dtype=dtype))
@@ -144,7 +144,7 @@ def test_every_form_is_the_dense_formula(sink: str, n: int, k: int, mask: Mask) 
 @pytest.mark.parametrize("sink", SINKS)
 def test_gradients_are_numerical_ones(sink: str, n: int, k: int, cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CHUNK_QUERIES", 2)
-    qkv, (named, tensors) = heads(n, k, seq=5, width=4), terms(sink, n, k, width=4)
+    qkv, (_, tensors) = heads(n, k, seq=5, width=4), terms(sink, n, k, width=4)
     inputs = [x.clone().requires_grad_() for x in (*qkv, *tensors)]
 
     def run(q: Tensor, k: Tensor, v: Tensor, *extra: Tensor) -> Tensor:

@@ -25,9 +25,19 @@ def without_cache(model: Transformer, ids: list[int], count: int) -> list[int]:
     return ids[-count:]
 
 
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"sink": "softmax1", "output_gate": "element"},
+    {"sink": "learned", "qk_norm": "full", "attention_softcap": 1.5},
+    {"sink": "kv_bias", "qk_norm": "head", "output_gate": "head"},
+    {"attention_softcap": 1.5},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())) or "plain")
 @pytest.mark.parametrize("arch", ["llama", "gpt"])  # llama here has grouped KV heads
-def test_cached_logits_equal_recomputed_ones(arch: str) -> None:
-    model = tiny_model(arch).eval()
+def test_cached_logits_equal_recomputed_ones(arch: str, variant: dict[str, Any]) -> None:
+    model = tiny_model(arch, **variant).eval()
     tokens = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = model.logits(tokens).view(2, 12, -1)

@@ -27,6 +27,7 @@ def tiny_config(arch: str = "llama", world: int = 1, run: Path | str = "runs/tin
             "max_seq_len": 24,
             "vocab_size": VOCAB,
             "init": {"std": 0.2},  # wide enough for attention to matter to the next token
+            **top.pop("model", {}),
         },
         "data": {"tokenizer": tokenizer},
         "run": {"dir": str(run), "total_steps": 2, "seed": 7},
@@ -36,8 +37,8 @@ def tiny_config(arch: str = "llama", world: int = 1, run: Path | str = "runs/tin
     return load_config({**deepspeed, "megastab": block}, world_size=world)
 
 
-def tiny_model(arch: str = "llama", draw_biases: bool = True) -> Transformer:
-    config = tiny_config(arch).megastab
+def tiny_model(arch: str = "llama", draw_biases: bool = True, **variant: Any) -> Transformer:
+    config = tiny_config(arch, model=variant).megastab
     model = Transformer(config)
     init_weights(model, config.model, config.run.seed)
     if draw_biases and arch == "gpt":  # biases start at 0, where a wrong one would not be seen
@@ -45,6 +46,9 @@ def tiny_model(arch: str = "llama", draw_biases: bool = True) -> Transformer:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
+    for name, parameter in model.named_parameters():
+        if ".sink." in name:
+            torch.nn.init.normal_(parameter)  # so also sinks
     return model
 
 

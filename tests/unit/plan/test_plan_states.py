@@ -35,6 +35,11 @@ CASES = {
     "bf16-zero1-dp2": (2, {**BF16, **zero(1)}),
     "bf16-zero1-tp2-pp2": (4, {**BF16, **zero(1), **cut(2, 2)}),
     "bf16-zero2-dp2": (2, {**BF16, **zero(2)}),
+    "fp32-shared-kv-tp4-sink-norm-gate": (4, {"model": {"sink": "kv_bias", "qk_norm": "full", "output_gate": "element"}, **cut(tensor=4)}),
+    "bf16-zero1-tp2-gpt-sink-norm-gate": (
+        2,
+        {"arch": "gpt", "model": {"sink": "learned", "qk_norm": "head", "output_gate": "head"}, **BF16, **zero(1), **cut(2)},
+    ),
     "bf16-zero3-dp2": (2, {**BF16, **zero(3, stage3_param_persistence_threshold=5000)}),
 }
 
