@@ -130,16 +130,22 @@ def portable_with_logit(q: Tensor, k: Tensor, v: Tensor, mask: Mask, logit_N: Te
     high = exact.to(q.dtype)
     pieces = F.pad(torch.stack([high, (exact - high).to(q.dtype)], dim=-1), (0, ADDED - 2))  # [N or 1, ADDED]
     queries = torch.cat([q, pieces[None, :, None, :].expand(*q.shape[:3], ADDED)], dim=-1)
-    key = torch.cat([k.new_zeros(k.shape[1], width), k.new_ones(k.shape[1], ADDED)], dim=-1)
-    bias = (key, torch.zeros_like(key))
-    return portable_with_bias(queries, F.pad(k, (0, ADDED)), F.pad(v, (0, ADDED)), mask, bias, scale)[..., :width]
+    keys, values = (F.pad(x, (0, ADDED, 1, 0)) for x in (k, v))
+    with torch.no_grad():
+        keys[:, :, 0, width:] = 1.0  # a constant: what keys came from has no part in it
+    return _past_a_virtual_key(queries, keys, values, mask, scale)[..., :width]
 
 
-def portable_with_bias(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: tuple[Tensor, Tensor], scale: float | None = None) -> Tensor:
-    """:func:`attend_with_bias` by SDPA alone: a virtual key and value before the others, and with a causal mask a dummy query."""
+def portable_with_bias(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: tuple[Tensor, Tensor]) -> Tensor:
+    """:func:`attend_with_bias` by SDPA alone: a virtual key and value before the others."""
     shape = (q.shape[0], k.shape[1], 1, k.shape[-1])
     keys, values = (torch.cat([one[None, :, None].to(x.dtype).expand(shape), x], dim=2) for one, x in zip(bias, (k, v), strict=True))
-    has_groups = q.shape[1] != k.shape[1]
+    return _past_a_virtual_key(q, keys, values, mask, q.shape[-1] ** -0.5)
+
+
+def _past_a_virtual_key(q: Tensor, keys: Tensor, values: Tensor, mask: Mask, scale: float) -> Tensor:
+    """SDPA where every query also sees the first key."""
+    has_groups = q.shape[1] != keys.shape[1]
     if mask.is_causal:  # torch's causal mask begins at the first key, so that the queries need one more row as well
         queries = F.pad(q, (0, 0, 1, 0))
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=has_groups)[:, :, 1:]

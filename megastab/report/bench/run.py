@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megastab.report.bench.attention import attention
 from megastab.report.bench.cases import Options
 from megastab.report.bench.corpus import data
 from megastab.report.bench.jobs import Failed
@@ -28,6 +29,7 @@ FIGURES: dict[str, Callable[[Options], Iterator[Row]]] = {
     "wrappers": wrappers,
     "stability": stability,
     "orthoadam": orthoadam,
+    "attention": attention,
 }
 
 
