@@ -114,9 +114,14 @@ def _take_stability(deepspeed: dict[str, Any]) -> tuple[list[str], StabilityConf
         for key in trainers
     ]
     try:
-        return problems, LibraryBlock.model_validate({key: value for key, value in block.items() if key not in trainers}).stability
+        stability = LibraryBlock.model_validate({key: value for key, value in block.items() if key not in trainers}).stability
     except ValidationError as error:
         return problems + explain(error), StabilityConfig()
+    if stability.qk_clip is not None:
+        problems.append(
+            "megastab.stability.qk_clip needs attention that tells its largest logits, as the trainer's models do: set it to null."
+        )
+    return problems, stability
 
 
 def _refused(deepspeed: dict[str, Any], block: Megastab) -> list[str]:

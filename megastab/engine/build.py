@@ -11,18 +11,22 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from megastab.config.config import Config
+from megastab.config.schema import Megastab
 from megastab.engine.step import complete_gradients
 from megastab.model.attention import Attention
 from megastab.model.block import Block
 from megastab.model.init import init_weights
+from megastab.model.logit_watch import LargestLogits
 from megastab.model.mlp import MLP
 from megastab.model.stages import layer_specs, pipeline_loss
 from megastab.model.transformer import Transformer
 from megastab.optim.groups import build_optimizer, describe_optimizer
 from megastab.optim.ortho_binding import bind_ortho_adam
 from megastab.optim.schedules import build_schedule
+from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.stability.controller import Controller, build_controller
+from megastab.stability.qk_clip import QKClip, WatchedLayer
 from megastab.wrappers.adapter import Adapter
 from megastab.wrappers.bind import bind, quiet
 from megastab.wrappers.pipeline import StagedModule
@@ -73,6 +77,20 @@ def compile_blocks(module: nn.Module, is_partitioned: bool = False) -> None:
             part.activate = torch.compile(part.activate)  # type: ignore[method-assign]
 
 
+def watch_logits(module: nn.Module, config: Megastab, grid: Grid) -> QKClip | None:
+    """QK-clip as the config asks for it, and every attention layer of this rank telling it what its heads reach."""
+    wanted, model = config.stability.qk_clip, config.model
+    if wanted is None:
+        return None
+    watched = []
+    for attention in module.modules():
+        if isinstance(attention, Attention):
+            attention.logits = LargestLogits(wanted.threshold)
+            watched.append(WatchedLayer(attention.layer, grid.tp.rank * attention.num_heads, attention.logits))
+    heads = (model.num_layers, model.num_heads, model.num_kv_heads, model.head_dim)
+    return QKClip(wanted.threshold, wanted.balance, heads, watched, collectives.job_group())
+
+
 def build(config: Config, grid: Grid) -> Built:
     """Everything between a checked config and the first step (collective over the job)."""
     block = config.megastab
@@ -103,5 +121,6 @@ def build(config: Config, grid: Grid) -> Built:
     complete_gradients(adapter)
     if block.run.compile:
         compile_blocks(engine.module, is_partitioned=config.zero_stage == 3)
-    controller = build_controller(adapter, grid, block.stability, config.global_batch, config.tokens_per_step)
+    qk_clip = watch_logits(engine.module, block, grid)
+    controller = build_controller(adapter, grid, block.stability, config.global_batch, config.tokens_per_step, qk_clip)
     return Built(engine, adapter, controller, groups)

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from megastab.config.schema import ModelConfig
 from megastab.model.context import Context
-from megastab.model.flash import attend_with_bias, attend_with_logit
+from megastab.model.flash import Extras, attend_with_bias, attend_with_logit
 from megastab.model.kernels import Mask
 from megastab.model.kv_cache import KVCache
+from megastab.model.logit_watch import LargestLogits
 from megastab.model.qk_norm import build_qk_norms
 from megastab.model.rope import rope_table, rotate, rotate_split
 from megastab.model.sinks import build_sink
@@ -30,6 +31,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, layer: int):
         super().__init__()
+        self.layer = layer
+        self.logits: LargestLogits | None = None  # set where QK-clip is on
         self.theta = config.rope_theta if config.arch == "llama" else None
         self.head_dim = config.head_dim
         self.copies = kv_copies(config.num_kv_heads, tp.size)
@@ -92,18 +95,19 @@ class Attention(nn.Module):
         return q_BSNH, k_BSKH, v_BSKH
 
     def _call(self, like: Tensor) -> Call:
-        """Attention with this layer's sink and cap."""
+        """Attention with this layer's sink, cap and watch."""
+        extras = Extras(self.cap, self.logits if self.training else None)
         if self.has_softmax1:
-            return partial(attend_with_logit, cap=self.cap)
+            return partial(attend_with_logit, extras=extras)
         if self.sink is None:
-            return _plain if self.cap is None else partial(attend_with_logit, logit_N=like.new_full((1,), -torch.inf), cap=self.cap)
+            return _plain if extras.are_none else partial(attend_with_logit, logit_N=like.new_full((1,), -torch.inf), extras=extras)
         term = self.sink(like)
         if isinstance(term, Tensor):
-            return partial(attend_with_logit, logit_N=term, cap=self.cap)
+            return partial(attend_with_logit, logit_N=term, extras=extras)
         key_KH, value_KH = term
         if self.k_norm is not None:
             key_KH = self.k_norm(key_KH[None, None])[0, 0]
-        return partial(attend_with_bias, bias=(key_KH, value_KH), cap=self.cap)
+        return partial(attend_with_bias, bias=(key_KH, value_KH), extras=extras)
 
     def forward(self, x_TD: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
         """[T, D] -> [T, D]."""

@@ -10,6 +10,7 @@ Letters and layouts as in ``kernels.py``. A query that sees no key gets 0 (or v'
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,35 +18,66 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megastab.model.kernels import Capped, Kernel, Mask, flash_for
+from megastab.model.logit_watch import LargestLogits, WatchedKernel
 
 ADDED = 8  # channels of the portable form; kernels want widths that are multiples of 8
 
 
-def attend_with_logit(q: Tensor, k: Tensor, v: Tensor, mask: Mask, logit_N: Tensor | None = None, cap: float | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Extras:
+    """What keeps a call from the plain kernel besides its additional term."""
+
+    cap: float | None = None
+    """c of keys' logits capped as c tanh(logit / c)."""
+    watch: LargestLogits | None = None
+    """Who is told the largest logits."""
+
+    @property
+    def are_none(self) -> bool:
+        """Whether the plain kernel will do."""
+        return self.cap is None and self.watch is None
+
+
+NO_EXTRAS = Extras()
+
+
+def attend_with_logit(q: Tensor, k: Tensor, v: Tensor, mask: Mask, logit_N: Tensor | None = None, extras: Extras = NO_EXTRAS) -> Tensor:
     """Softmax over the keys and ``logit_N``, a logit a head (0 where None) that has no value and is not capped: -> [B, N, S, H]."""
-    if cap is not None:
-        return _capped_with_logit(q, k, v, mask, logit_N, cap)
+    if not extras.are_none:
+        return _untraced_with_logit(q, k, v, mask, logit_N, extras)
     kernel = flash_for(q, mask)
     return portable_with_logit(q, k, v, mask, logit_N) if kernel is None else _WithLogit.apply(q, k, v, logit_N, kernel, mask)
 
 
-def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: tuple[Tensor, Tensor], cap: float | None = None) -> Tensor:
+def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: tuple[Tensor, Tensor], extras: Extras = NO_EXTRAS) -> Tensor:
     """Softmax over the keys and one more key that every query sees; ``bias`` is its key and value, [K, H] each: -> [B, N, S, H]."""
-    if cap is not None:
-        return _capped_with_bias(q, k, v, mask, bias, cap)
+    if not extras.are_none:
+        return _untraced_with_bias(q, k, v, mask, bias, extras)
     kernel = flash_for(q, mask)
     return portable_with_bias(q, k, v, mask, bias) if kernel is None else _WithBias.apply(q, k, v, *bias, kernel, mask)
 
 
-# A loop over chunks: traced, it would become one graph as long as the sequence.
+# Not traced: a loop over chunks would become one graph as long as the sequence, and what is looked at again depends on values.
 @torch.compiler.disable
-def _capped_with_logit(q: Tensor, k: Tensor, v: Tensor, mask: Mask, logit_N: Tensor | None, cap: float) -> Tensor:
-    return _WithLogit.apply(q, k, v, logit_N, Capped(cap), mask)
+def _untraced_with_logit(q: Tensor, k: Tensor, v: Tensor, mask: Mask, logit_N: Tensor | None, extras: Extras) -> Tensor:
+    kernel = _kernel(q, k, mask, extras)
+    return portable_with_logit(q, k, v, mask, logit_N) if kernel is None else _WithLogit.apply(q, k, v, logit_N, kernel, mask)
 
 
 @torch.compiler.disable
-def _capped_with_bias(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: tuple[Tensor, Tensor], cap: float) -> Tensor:
-    return _WithBias.apply(q, k, v, *bias, Capped(cap), mask)
+def _untraced_with_bias(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: tuple[Tensor, Tensor], extras: Extras) -> Tensor:
+    kernel = _kernel(q, k, mask, extras)
+    return portable_with_bias(q, k, v, mask, bias) if kernel is None else _WithBias.apply(q, k, v, *bias, kernel, mask)
+
+
+def _kernel(q: Tensor, k: Tensor, mask: Mask, extras: Extras) -> Kernel | None:
+    kernel: Kernel | None = flash_for(q, mask) if extras.cap is None else Capped(extras.cap)
+    if extras.watch is None:
+        return kernel
+    if kernel is None:
+        extras.watch.see(q, k)  # the portable form keeps its log-sum-exp to itself
+        return None
+    return WatchedKernel(kernel, extras.watch)
 
 
 class _WithLogit(torch.autograd.Function):

@@ -48,8 +48,10 @@ class Kernel(Protocol):
         """-> gradients of q, k and v."""
         ...
 
-    cap: float | None
-    """c of logits capped as c tanh(logit / c); None where they are not."""
+    @property
+    def cap(self) -> float | None:
+        """c of logits capped as c tanh(logit / c); None where they are not."""
+        ...
 
 
 class _Flash:

@@ -68,10 +68,12 @@ def sum_(tensor: Tensor, group: Group, async_op: bool = False) -> Work | None:
     return None if group is None else dist.all_reduce(tensor, group=group, async_op=async_op)
 
 
-def max_(tensor: Tensor, group: Group) -> None:
-    """Elementwise maximum over ``group``, in place."""
+def max_(values: Tensor, group: Group) -> None:
+    """Elementwise maximum of a small table over ``group`` in place, through the accelerator where the backend only reaches that."""
     if group is not None:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+        staged = values.to(get_accelerator().current_device_name())
+        dist.all_reduce(staged, op=dist.ReduceOp.MAX, group=group)
+        values.copy_(staged)
 
 
 def gather_rows(tensor: Tensor, group: Group, async_op: bool = False) -> tuple[Tensor, Work | None]:

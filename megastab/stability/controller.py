@@ -16,6 +16,7 @@ from megastab.stability.clip_rule import ClipDecision, ClipRule
 from megastab.stability.fixed_clip import FixedClip, capped
 from megastab.stability.gradient_norms import GradientNorms, Share, top_shares
 from megastab.stability.policy import Policy, Verdict
+from megastab.stability.qk_clip import QKClip
 from megastab.stability.record import StepRecord
 from megastab.stability.rivals import AutoClip, SkipStep
 from megastab.stability.scoped import Scoped
@@ -39,8 +40,9 @@ class Controller:
         policy: Policy | None = None,
         norms: GradientNorms | None = None,
         cap: float = 0.0,
+        qk_clip: QKClip | None = None,
     ):
-        self.adapter, self.grid, self.rule, self.tvr = adapter, grid, rule, tvr
+        self.adapter, self.grid, self.rule, self.tvr, self.qk_clip = adapter, grid, rule, tvr, qk_clip
         self.cap = cap
         """On the global norm, over a rule that does not know it; 0 for none."""
         self.policy = Policy(PolicyConfig()) if policy is None else policy
@@ -88,7 +90,7 @@ class Controller:
         """The seam where the decision is made: called once a step on every rank, before anything is scaled."""
         if self._rehearsed is not None:
             self._rehearsed.append(norm)
-            self.adapter.skip()
+            self._skip()
             return
         self.norm, self.rescaled, self.top, self.norm_spike, self.warning, self._has_looked = norm, [], [], "", "", False
         self.is_overflow = not math.isfinite(norm) and self.adapter.scaler_recovers()
@@ -98,9 +100,14 @@ class Controller:
             self.decision, scale = self._decide(norm)
             self.clip_rate += (1 - RATE_MEMORY) * ((self.decision.scale < 1.0) - self.clip_rate)
         if self.decision.action == "skip":
-            self.adapter.skip()
+            self._skip()
         else:
             self.adapter.set_scale(scale)
+
+    def _skip(self) -> None:
+        self.adapter.skip()
+        if self.qk_clip is not None:
+            self.qk_clip.forget()
 
     def _decide(self, norm: float) -> tuple[ClipDecision, float]:
         """The rule's decision under cap and policy, and the factor that is left for the wrapper."""
@@ -144,6 +151,11 @@ class Controller:
 
     def weights_updated(self) -> bool:
         """The seam between update and publication: called on applied steps only; whether a master was changed."""
+        is_rescaled = self._rescale()
+        is_clipped = self.qk_clip is not None and self.qk_clip.clip_fragments_(self.adapter.fragments())
+        return is_rescaled or is_clipped
+
+    def _rescale(self) -> bool:
         if self.tvr is None or not self.tvr.advance():
             return False
         self._has_looked = True
@@ -201,6 +213,8 @@ class Controller:
             out["clipped_norm"] = self.norm * self.decision.scale
         if isinstance(self.rule, ZClip) and self.rule.mean is not None and self.rule.std is not None:
             out |= {"clip_mean": self.rule.mean, "clip_std": self.rule.std}
+        if self.qk_clip is not None and math.isfinite(self.qk_clip.largest):
+            out |= {"largest_logit": self.qk_clip.largest, "qk_clipped": float(len(self.qk_clip.clipped))}
         if self.policy.losses.z is not None:
             out["loss_z"] = self.policy.losses.z
         return out
@@ -232,12 +246,18 @@ class Controller:
 
 
 def build_controller(
-    adapter: Adapter, grid: Grid, config: StabilityConfig, batch_size: int, tokens_per_step: int | None = None
+    adapter: Adapter,
+    grid: Grid,
+    config: StabilityConfig,
+    batch_size: int,
+    tokens_per_step: int | None = None,
+    qk_clip: QKClip | None = None,
 ) -> Controller:
-    """The controller a config asks for. The JSON's ``gradient_clipping`` is a fixed cap over the adaptive rule (0: none), or the rule."""
+    """The controller a config asks for. The JSON's ``gradient_clipping`` is a fixed cap over the adaptive rule (0: none), or the rule;
+    ``qk_clip`` is built by who knows the model."""
     tvr = TVR(**config.tvr.model_dump(), tokens_per_step=tokens_per_step) if config.tvr is not None else None
     policy = Policy(config.policy, config.zclip.z_thresh if config.zclip is not None and config.zclip.scope == "global" else None)
     norms = GradientNorms(adapter, grid)
     rule = clipping_rule(config, adapter.cap, batch_size, norms.layers)
     cap = 0.0 if isinstance(rule, FixedClip | ZClip) else adapter.cap
-    return Controller(adapter, grid, rule, tvr, policy, norms, cap)
+    return Controller(adapter, grid, rule, tvr, policy, norms, cap, qk_clip)

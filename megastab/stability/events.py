@@ -7,6 +7,7 @@ from typing import Any
 
 from megastab.stability.controller import Controller
 from megastab.stability.policy import Verdict
+from megastab.stability.qk_clip import QKClip
 from megastab.stability.record import Event, StepRecord
 
 
@@ -37,6 +38,16 @@ def events_of_step(controller: Controller, record: StepRecord, verdict: Verdict,
     for each in controller.rescaled:
         why = f"{each.name}: std {each.std:.6g} over its target {each.target:.6g}, mean {each.mean:.3g}"
         events.append(Event(record.step, "rescale", why, asdict(each)))
+    if controller.qk_clip is not None and controller.qk_clip.clipped:
+        events.append(_of_qk_clip(record.step, controller.qk_clip))
     if controller.warning:
         events.append(Event(record.step, "warning", controller.warning))
     return events
+
+
+def _of_qk_clip(step: int, qk_clip: QKClip) -> Event:
+    heads = sorted(qk_clip.clipped, key=lambda head: -head.largest)
+    worst = heads[0]
+    where = f"{worst.largest:.6g} in layers.{worst.layer}, head {worst.head}"
+    why = f"{len(heads)} heads had a logit above {qk_clip.threshold:g}, the largest {where}"
+    return Event(step, "qk_clip", why, {"heads": [head._asdict() for head in heads[:5]], "count": len(heads)})

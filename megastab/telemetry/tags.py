@@ -74,6 +74,18 @@ TAGS: dict[str, Tag] = {
         "matrices TVR shrank to their target after the step",
         "all of them at every look: the target is below what the learning rate sustains",
     ),
+    "largest_logit": Tag(
+        "train/largest_logit",
+        "-",
+        "largest attention logit of the step, as QK-clip sees it: exact above its threshold, an upper bound (log-sum-exp) below",
+        "a rise without end: attention is collapsing to single keys",
+    ),
+    "qk_clipped": Tag(
+        "train/qk_clipped",
+        "heads",
+        "heads whose queries and keys QK-clip shrank after the step",
+        "many for thousands of steps: the learning rate pushes logits up faster than they should go",
+    ),
     "lr": Tag("train/lr", "-", "learning rate of the step", "not what the schedule should say: skipped steps do not advance it"),
     "tokens_per_second": Tag(
         "speed/tokens_per_second",

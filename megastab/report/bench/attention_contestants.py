@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
-from megastab.model.flash import attend_with_bias, attend_with_logit, portable_with_bias, portable_with_logit
+from megastab.model.flash import Extras, attend_with_bias, attend_with_logit, portable_with_bias, portable_with_logit
 from megastab.model.kernels import Mask
 
 HEADS, SEQ, WIDTH = 8, 512, 64
@@ -52,7 +52,7 @@ class Inputs:
             "portable softmax1": lambda: portable_with_logit(*qkv, mask),
             "portable learned": lambda: portable_with_logit(*qkv, mask, self.logit),
             "portable kv_bias": lambda: portable_with_bias(*qkv, mask, bias),
-            "capped": lambda: attend_with_logit(*qkv, mask, cap=50.0),
+            "capped": lambda: attend_with_logit(*qkv, mask, extras=Extras(cap=50.0)),
         }
 
     def seconds(self, form: Form) -> float:

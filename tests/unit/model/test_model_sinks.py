@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megastab.model import flash, kernels
 from megastab.model.attention import attend
-from megastab.model.flash import attend_with_bias, attend_with_logit, portable_with_bias, portable_with_logit
+from megastab.model.flash import Extras, attend_with_bias, attend_with_logit, portable_with_bias, portable_with_logit
 from megastab.model.kernels import Mask
 
 CAUSAL, ALL = Mask(), Mask(is_causal=False)
@@ -66,7 +66,8 @@ def terms(sink: str, n: int = 4, k: int = 2, width: int = 8, scale: float = 1.0,
 
 def ours(q: Tensor, k: Tensor, v: Tensor, mask: Mask, logit: Tensor | None = None, bias: Any = None, cap: float | None = None) -> Tensor:
     """By whatever :mod:`flash` takes."""
-    return attend_with_logit(q, k, v, mask, logit, cap) if bias is None else attend_with_bias(q, k, v, mask, bias, cap)
+    extras = Extras(cap)
+    return attend_with_logit(q, k, v, mask, logit, extras) if bias is None else attend_with_bias(q, k, v, mask, bias, extras)
 
 
 def portable(q: Tensor, k: Tensor, v: Tensor, mask: Mask, logit: Tensor | None = None, bias: Any = None) -> Tensor:
