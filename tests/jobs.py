@@ -115,6 +115,7 @@ class Report:
     norms: list[float] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     rescaled: list[int] = field(default_factory=list)
+    qk_clipped: list[list[tuple[int, int]]] = field(default_factory=list)  # (layer, head) of each step
     """Matrices TVR shrank after each step."""
     initial: list[Piece] = field(default_factory=list)
     gradients: list[Piece] = field(default_factory=list)
@@ -135,6 +136,8 @@ def train(config: dict[str, Any], steps: int) -> Report:
         report.scales.append(job.decision.scale)
         job.built.controller.step_done()
         report.rescaled.append(len(job.built.controller.rescaled))
+        if (qk_clip := job.built.controller.qk_clip) is not None:
+            report.qk_clipped.append([(head.layer, head.head) for head in qk_clip.clipped])
         if step == 0:
             report.gradients = tap.pieces()
     report.final = masters(job)

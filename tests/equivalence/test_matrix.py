@@ -81,6 +81,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "autoclip": {"stability": {"autoclip": {"percentile": 40.0}}},
     "skip_step": {"stability": {"skip_step": {"rolling_interval_length": 4, "sigma_factor": 0.1}}},
     "skip_spikes": {"stability": {"zclip": CLIPS_SOME, "policy": {"on_spike": "skip"}}},
+    "qk_clip": {"model": {"num_kv_heads": 2}, "stability": {"qk_clip": {"threshold": 0.4}}},  # all heads at first, a few later on
+    "qk_clip_documents_tvr": {
+        "data": {"document_mask": True},
+        "model": {"sink": "kv_bias"},
+        "stability": {"qk_clip": {"threshold": 0.4, "balance": 0.2}, "tvr": {"target_std": 0.09, "interval_steps": 2}},
+    },
+    "gpt_qk_clip": {"model": GPT, "stability": {"qk_clip": {"threshold": 0.4}}},
     "gqa2_clipped": {"model": {"num_kv_heads": 2}, "ds__gradient_clipping": 0.2},
     "ortho": {"model": {"num_kv_heads": 2}},
     "ortho_48": {"model": {"hidden_size": 48, "ffn_hidden_size": 80, "tie_embeddings": True}},  # rows cut by partitions
@@ -167,6 +174,10 @@ FP32 = [
     *rows("stable", TP2, TP4, PP2, TP2_PP2, TP2_PP2_SP, DP2, Z1_DP2, Z2_DP2, Z3_DP2, Z1_PP2_DP2),
     *rows("stable", *(Layout(4, tp=2, sp=True, zero=stage) for stage in (1, 2, 3)), Layout(2, zero=2, offload=True)),
     *rows("gqa2_stable", TP4, TP4_SP, *(Layout(4, tp=4, sp=True, zero=stage) for stage in (1, 3))),
+    *rows("qk_clip", TP2, TP4, PP2, TP2_PP2_SP, DP2, Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=4, sp=True, zero=3)),
+    *rows("qk_clip", Layout(2, tp=2, sp=True, compile=True), Layout(2, tp=2, sp=True, recompute="selective")),
+    *rows("qk_clip_documents_tvr", TP2_PP2_SP, Layout(2, accumulation=3), Z3_DP2),
+    *rows("gpt_qk_clip", TP2_PP2_SP, Layout(2, zero=2, offload=True)),
     *rows("ortho", TP2, PP2, TP2_PP2_SP, DP2, Layout(4, tp=4), Z1_PP2_DP2),
     *rows("ortho_48", Z1_DP2, Z2_DP2, Z3_DP2, Layout(3, zero=3), Layout(4, tp=2, zero=3), Layout(2, zero=2, offload=True)),
     *rows("ortho_gated", TP2_PP2_SP, Layout(4, tp=4), Layout(3, zero=3)),
@@ -188,6 +199,7 @@ LOW = [
     *rows("softmax1_capped", Z1_DP2, dtype="bf16"),
     *rows("learned_head_head", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z3_DP2, dtype="bf16"),
     *rows("kv_bias_full_element", Layout(4, tp=4, sp=True, zero=1), Z3_DP2, dtype="bf16"),
+    *rows("qk_clip", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z2_DP2, dtype="bf16"),
     *rows("ortho", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z2_DP2, dtype="bf16"),
     *rows("ortho_48", Z1_DP2, Z3_DP2, dtype="bf16"),
     *rows("ortho_48", Z2_DP2, dtype="fp16"),
@@ -272,6 +284,8 @@ def test_layout_trains_as_one_process(row: Row) -> None:
             assert bias[0] <= ADAM_BIAS, bias
         assert all(r.rescaled == single.rescaled for r in ranks), "rescale decisions"
         assert any(name in row.model for name in RESCALING) == any(single.rescaled), "the row does not test what it says"
+        assert all(r.qk_clipped == single.qk_clipped for r in ranks), "heads clipped"
+        assert ("qk_clip" in row.model) == any(single.qk_clipped), "the row does not test what it says"
         clips = any(name in row.model for name in CLIPPING)
         assert clips == any(scale < 1 for scale in single.scales), "the row does not test what it says"
         is_mixed = clips and not any(name in row.model for name in ("clipped", "adagc"))  # these clip every step
