@@ -6,6 +6,7 @@
 | q, k, v, gate, up of layer l (from 1)  | std    | std                 | std / sqrt(l)            |
 | o, down                                | std    | std / sqrt(2 L)     | std / sqrt(l)            |
 | norm gains, biases, padding rows       | 1, 0, 0 under every scheme                               |
+| scales (DyT's alpha, the embedding's)  | their part's ``initial`` under every scheme              |
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ def _fill_part(piece: Tensor, part: Part, width: int, start: int, layer: int | N
         piece.fill_(1.0)
     elif part.role == "bias":
         piece.zero_()
+    elif part.role == "scale":
+        assert part.initial is not None, f"{part.name} does not say what it starts at"
+        piece.fill_(part.initial)
     else:
         rng.fill_normal_(piece, weight_std(part.role, layer, config), seed, part.name, start)
         if part.role in ("embedding", "head") and config.vocab_size is not None:

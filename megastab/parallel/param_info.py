@@ -15,8 +15,8 @@ from torch import nn
 from megastab.parallel.collectives import Group
 from megastab.parallel.grid import TensorParallel
 
-Role = Literal["embedding", "position", "head", "q", "k", "v", "o", "gate", "up", "down", "norm", "bias", "other"]
-VECTOR_ROLES: frozenset[Role] = frozenset({"norm", "bias"})
+Role = Literal["embedding", "position", "head", "q", "k", "v", "o", "gate", "up", "down", "norm", "bias", "scale", "other"]
+VECTOR_ROLES: frozenset[Role] = frozenset({"norm", "bias", "scale"})
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class Part:
     global_rows: int
     start: int
     rows: int
+    initial: float | None = None
+    """What every element starts at; only for ``scale``, whose role does not say it."""
 
     @classmethod
-    def whole(cls, name: str, role: Role, rows: int) -> Part:
+    def whole(cls, name: str, role: Role, rows: int, initial: float | None = None) -> Part:
         """A matrix every rank holds whole."""
-        return cls(name, role, rows, 0, rows)
+        return cls(name, role, rows, 0, rows, initial)
 
     @classmethod
     def cut(cls, name: str, role: Role, rows: int, tp: TensorParallel, copies: int = 1) -> Part:
@@ -64,7 +66,7 @@ class ParamInfo:
 
     @property
     def decays(self) -> bool:
-        """Weight decay is for matrices; gains and biases keep their scale."""
+        """Weight decay is for matrices; gains, biases and scales keep theirs."""
         return self.parts[0].role not in VECTOR_ROLES
 
 

@@ -25,9 +25,19 @@ def without_cache(model: Transformer, ids: list[int], count: int) -> list[int]:
     return ids[-count:]
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt"])  # llama here has grouped KV heads
-def test_cached_logits_equal_recomputed_ones(arch: str) -> None:
-    model = tiny_model(arch).eval()
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("gpt", {}),
+    ("llama", {"norm": "dyt", "logit_softcap": 5.0}),
+    ("gpt", {"norm_position": "peri", "embedding_norm": True, "embedding_multiplier": 3.0}),
+    ("llama", {"norm_position": "post", "embedding_norm": True}),
+    ("llama", {"norm_position": "reordered", "logit_softcap": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("arch", "changes"), VARIANTS, ids=str)  # llama here has grouped KV heads
+def test_cached_logits_equal_recomputed_ones(arch: str, changes: dict[str, Any]) -> None:
+    model = tiny_model(arch, **changes).eval()
     tokens = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = model.logits(tokens).view(2, 12, -1)

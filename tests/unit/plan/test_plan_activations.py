@@ -67,8 +67,11 @@ LLAMA = {"hidden_size": 128, "max_seq_len": 64}
         ("llama", {"num_kv_heads": 1, "activation": "relu2"}),
         ("gpt", {"dropout": 0.1, "tie_embeddings": False}),
         ("gpt", {"activation": "relu"}),
+        ("llama", {"norm": "dyt", "norm_position": "peri", "embedding_norm": True}),
+        ("gpt", {"norm_position": "post", "embedding_norm": True}),
+        ("llama", {"norm_position": "reordered", "logit_softcap": 30.0}),
     ],
-    ids=["llama", "llama-gqa-relu2", "gpt-dropout", "gpt-relu"],
+    ids=["llama", "llama-gqa-relu2", "gpt-dropout", "gpt-relu", "llama-dyt-peri", "gpt-post", "llama-reordered-softcap"],
 )
 def test_the_estimate_is_what_a_forward_keeps(arch: str, model: dict[str, Any], recompute: str, precision: str) -> None:
     precision_section = {"bf16": {"enabled": True}} if precision == "bf16" else {}
