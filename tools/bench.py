@@ -18,6 +18,7 @@ NAMES = {
     "wrappers": "ZeRO 1, 2 and 3 over a bare loop",
     "stability": "what ZClip and TVR themselves cost",
     "orthoadam": "OrthoAdam's step over AdamW's, by the built op and in pure torch",
+    "norms": "dynamic tanh over RMSNorm, eager and compiled",
 }
 
 

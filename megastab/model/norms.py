@@ -187,7 +187,8 @@ def build_branch_norms(
 ) -> tuple[nn.Module, nn.Module]:
     """The norms of a branch's input and output, the identity where ``norm_position`` has none."""
     name, position = f"layers.{layer}.{branch}", config.norm_position
-    norm = output_norm = nn.Identity()
+    norm: nn.Module = nn.Identity()
+    output_norm: nn.Module = nn.Identity()
     if position in ("pre", "peri"):
         site: Site = "attention" if branch == "attention" else "other"
         norm = build_norm(f"{name}_norm", config, tp, layer, site)
