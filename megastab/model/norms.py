@@ -129,13 +129,12 @@ class _DyTFunction(torch.autograd.Function):
         dx_TD, sums_3D = torch.empty_like(x_TD), gain_D.new_zeros(3, len(gain_D))
         for rows in _chunks(x_TD):
             dy, x = _wide(grads[0][rows]), _wide(x_TD[rows])
-            one = dy.new_ones(len(dy))
             t = (x * alpha_1).tanh_()
             dyt = dy * t
-            sums_3D[0].add_(one @ dyt)
-            sums_3D[1].add_(one @ dy)
+            sums_3D[0].add_(_column_sums(dyt))
+            sums_3D[1].add_(_column_sums(dy))
             slope = torch.sub(dy, t.mul_(dyt))  # dy (1 - t^2)
-            sums_3D[2].add_(one @ torch.mul(x, slope, out=dyt))
+            sums_3D[2].add_(_column_sums(torch.mul(x, slope, out=dyt)))
             dx_TD[rows] = slope.mul_(gain_D * alpha_1)
         dalpha_1 = (sums_3D[2] * gain_D).sum().view(1)
         return dx_TD, dalpha_1.to(dtype), sums_3D[0].to(dtype), sums_3D[1].to(dtype)
@@ -156,8 +155,8 @@ class _CompiledDyTFunction(torch.autograd.Function):
         e = torch.exp(-2 * (alpha * x).abs())
         tanh = torch.copysign((1 - e) / (1 + e), alpha * x)
         slope = dy * (4 * e / (1 + e).square())  # dy (1 - tanh^2)
-        dalpha_1 = ((x * slope).sum(0) * gain).sum().view(1)
-        sums = (dalpha_1, (dy * tanh).sum(0), dy.sum(0))
+        dalpha_1 = (x * slope * gain).sum(1).sum().view(1)  # by rows: fused into the pass that makes dx
+        sums = (dalpha_1, _column_sums(dy * tanh), dy.sum(0))
         return (slope * (gain * alpha)).to(x_TD.dtype), *(s.to(gain_D.dtype) for s in sums)
 
 
@@ -166,6 +165,11 @@ def _tanh(z: Tensor) -> Tensor:
     e, w = torch.exp(-2 * z.abs()), z * z
     series = z * (1 + w * (-1 / 3 + w * (2 / 15 - w * (17 / 315))))
     return torch.where(z.abs() < 0.2, series, torch.copysign((1 - e) / (1 + e), z))
+
+
+def _column_sums(x_TD: Tensor) -> Tensor:
+    """[T, D] -> [D]; on CPU a product takes half the time of a sum, on an accelerator it might be one in TF32."""
+    return x_TD.new_ones(len(x_TD)) @ x_TD if x_TD.device.type == "cpu" else x_TD.sum(0)
 
 
 def _wide(x: Tensor) -> Tensor:
