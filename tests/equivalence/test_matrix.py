@@ -143,7 +143,7 @@ FP32 = [
     *rows("relu", TP2),
     *rows("layernorm", TP2_SP),
     *rows("scalar", TP2_PP2_SP, Z3_DP2),
-    *rows("dyt_tied", TP2, PP2, TP2_PP2_SP, Z3_DP2, Layout(2, tp=2, sp=True, compile=True)),
+    *rows("dyt_tied", TP2, PP2, TP2_PP2_SP, Z1_DP2, Z3_DP2, Layout(4, tp=2, sp=True, zero=2), Layout(2, tp=2, sp=True, compile=True)),
     *rows("gpt_dyt", TP2_PP2_SP, Z3_DP2),
     *rows("peri", TP2_SP, PP2, TP2_PP2_SP, Z3_DP2),
     *rows("post", TP2_SP, PP2, Z3_DP2),

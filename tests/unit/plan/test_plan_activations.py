@@ -80,6 +80,24 @@ def test_the_estimate_is_what_a_forward_keeps(arch: str, model: dict[str, Any], 
     assert estimate.per_micro_batch == pytest.approx(kept_for_backward(config), rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("changes", "streams"),
+    [
+        ({"norm_position": "peri"}, 4 * 2),
+        ({"norm_position": "reordered"}, 0),
+        ({"norm_position": "post"}, -1),
+        ({"embedding_norm": True}, 1),
+    ],
+    ids=["peri", "reordered", "post", "embedding_norm"],
+)
+def test_a_norm_more_keeps_its_input(changes: dict[str, Any], streams: int) -> None:
+    """4 blocks; DyT keeps its input and nothing else, so that the difference is exact."""
+    plain, changed = (small_config(1, "llama", {**LLAMA, "norm": "dyt", **extra}) for extra in ({}, changes))
+    planned = [plan(config).stages[0].activations.per_micro_batch for config in (plain, changed)]
+    kept = [kept_for_backward(config) for config in (plain, changed)]
+    assert planned[1] - planned[0] == kept[1] - kept[0] == streams * plain.micro_batch * 64 * 128 * 4
+
+
 @pytest.mark.parametrize(("tensor", "sequence", "kv_heads"), [(2, False, 2), (2, True, 1)], ids=["tp2", "tp2-sp-shared-kv"])
 def test_the_estimate_holds_on_tensor_parallel_ranks(tensor: int, sequence: bool, kv_heads: int) -> None:
     arguments = {"model": {**LLAMA, "num_kv_heads": kv_heads}, "parallel": {"tensor": tensor, "sequence": sequence}}
