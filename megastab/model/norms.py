@@ -80,7 +80,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x_TD, (x_TD.shape[-1],), self.weight, self.bias, self.eps)
 
 
-CHUNK_ELEMENTS = 1 << 16  # a thread's, so that a chunk and what is made of it stay in its cache
+CHUNK_ELEMENTS = 1 << 17  # a thread's: what is made of a chunk stays in its cache, and threads do not meet too often
 
 # arXiv 2503.10622, LLaMA: width -> initial alpha (before attention, everywhere else).
 DYT_ALPHA = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
