@@ -18,6 +18,19 @@ LLAMA: dict[str, Any] = {
     "max_seq_len": SEQ, "vocab_size": VOCAB, "init": {"std": 0.1},
 }  # fmt: skip
 GPT = {**LLAMA, "arch": "gpt"}
+# Every value of the fields that say which norms there are and where, over LLAMA.
+NORM_VARIANTS: dict[str, dict[str, Any]] = {
+    "dyt": {"norm": "dyt"},
+    "dyt without scale": {"norm": "dyt", "dyt": {"embedding_scale": False}},
+    "gpt dyt": {**GPT, "norm": "dyt", "embedding_norm": True},
+    "post": {"norm_position": "post", "norm": "layernorm"},
+    "peri": {"norm_position": "peri", "embedding_norm": True},
+    "reordered": {"norm_position": "reordered"},
+    "gpt peri": {**GPT, "norm_position": "peri", "embedding_norm": True, "embedding_multiplier": 2.0},
+    "scaled": {"layer_norm_scaling": True, "embedding_multiplier": 2.0},
+    "dyt peri": {"norm": "dyt", "norm_position": "peri", "embedding_norm": True},
+    "softcap": {"logit_softcap": 1.5, "tie_embeddings": True},
+}
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}},

@@ -19,6 +19,7 @@ NAMES = {
     "stability": "what ZClip and TVR themselves cost",
     "orthoadam": "OrthoAdam's step over AdamW's, by the built op and in pure torch",
     "attention": "attention's sinks and soft-cap over plain causal SDPA",
+    "norms": "dynamic tanh over RMSNorm, eager and compiled",
 }
 
 

@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megastab.config.config import Config
 from megastab.config.errors import UserError
+from megastab.config.schema import ModelConfig
 
 FILE = "megastab.json"
 FORMAT = 1
@@ -57,8 +60,9 @@ class Manifest:
 
     def check(self, wanted: Manifest, where: Path) -> None:
         """Refuse to resume ``wanted`` from this: another model, or a layout whose states would not fit."""
+        there, here = _completed(self.model), _completed(wanted.model)
         for what, mine, theirs, fix in (
-            ("model", self.model, wanted.model, "train it in another megastab.run.dir, or set megastab.run.resume=none"),
+            ("model", there, here, "train it in another megastab.run.dir, or set megastab.run.resume=none"),
             ("layout", self.layout, wanted.layout, "resume with the layout it was saved with"),
         ):
             different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
@@ -67,3 +71,11 @@ class Manifest:
                 raise UserError(f"the checkpoint {where} is of another {what} ({said}): {fix}")
         if self.tokenizer is not None and wanted.tokenizer is not None and self.tokenizer != wanted.tokenizer:
             raise UserError(f"the checkpoint {where} was trained with another tokenizer: set megastab.data.tokenizer to that one")
+
+
+def _completed(model: dict[str, Any]) -> dict[str, Any]:
+    """A model section with the keys an older version did not have at their defaults, which is what it built."""
+    try:
+        return ModelConfig.model_validate(model).model_dump(mode="json")
+    except ValidationError:  # of a newer version: the keys that differ are told
+        return model

@@ -75,8 +75,11 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, folder: Path) -> None:
-    """Fill a described module, cut however it is, from merged weights; every parameter must be found."""
+def load_weights(module: nn.Module, folder: Path) -> list[str]:
+    """Fill a described module, cut however it is, from merged weights; every parameter must be found.
+
+    Returns the names of what the folder holds and the module does not: nothing where the module is the whole of the same model.
+    """
     homes: dict[str, list[tuple[nn.Parameter, Any, int]]] = {}
     for parameter in module.parameters():
         info, offset = info_of(parameter), 0
@@ -84,7 +87,10 @@ def load_weights(module: nn.Module, folder: Path) -> None:
         for part in info.parts:
             homes.setdefault(part.name, []).append((parameter, part, offset))
             offset += part.rows
+    unused = []
     for name, matrix in merged_weights(folder):
+        if name not in homes:
+            unused.append(name)
         for parameter, part, offset in homes.pop(name, []):
             if matrix.shape[0] != part.global_rows:
                 raise UserError(
@@ -93,3 +99,4 @@ def load_weights(module: nn.Module, folder: Path) -> None:
             parameter.data[offset : offset + part.rows].copy_(matrix[part.start : part.start + part.rows])
     if homes:
         raise UserError(f"{folder} lacks {', '.join(sorted(homes)[:5])}: another model's checkpoint, or an incomplete one")
+    return unused

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megastab.config.layout import Layout
-from megastab.config.schema import Megastab
+from megastab.config.schema import DyTConfig, Megastab
 from megastab.config.settings import stage_of
 from megastab.config.vocab import padded_vocab
 
@@ -175,6 +175,50 @@ def _dropout_arch(facts: Facts) -> str | None:
     return f'megastab.model.dropout = {model.dropout} is for arch "gpt" only: set it to 0, or use megastab.model.arch = "gpt".'
 
 
+def _dyt_section(facts: Facts) -> str | None:
+    model = facts.megastab.model
+    if model.norm == "dyt" or model.dyt == DyTConfig():
+        return None
+    return (
+        f'megastab.model.dyt is given with megastab.model.norm = "{model.norm}", which has no alpha and no embedding scale: '
+        f'set megastab.model.norm to "dyt", or leave megastab.model.dyt out.'
+    )
+
+
+def _layer_norm_scaling(facts: Facts) -> str | None:
+    model = facts.megastab.model
+    if not model.layer_norm_scaling:
+        return None
+    if model.norm == "dyt":
+        reason = "dynamic tanh does not normalise, so that there is no unit variance to scale by depth"
+    elif model.norm_position in ("post", "reordered"):
+        reason = f'with megastab.model.norm_position = "{model.norm_position}" a block has no input norm to scale'
+    else:
+        return None
+    fix = "another megastab.model.norm" if model.norm == "dyt" else 'megastab.model.norm_position "pre" or "peri"'
+    return f"megastab.model.layer_norm_scaling is true, but {reason}: set it to false, or use {fix}."
+
+
+def _multiplier_undone(facts: Facts) -> str | None:
+    model = facts.megastab.model
+    if model.embedding_multiplier == 1.0 or not model.embedding_norm or model.norm == "dyt" or model.arch == "gpt":
+        return None  # gpt adds positions in between, and dynamic tanh does not divide by its input's size
+    return (
+        f"megastab.model.embedding_multiplier = {model.embedding_multiplier:g} with megastab.model.embedding_norm: the norm divides the "
+        f"factor out again. Set embedding_multiplier to 1, or embedding_norm to false."
+    )
+
+
+def _qk_clip_with_norm(facts: Facts) -> str | None:
+    qk_norm = facts.megastab.model.qk_norm
+    if facts.megastab.stability.qk_clip is None or qk_norm == "none":
+        return None
+    return (
+        f'megastab.stability.qk_clip with megastab.model.qk_norm = "{qk_norm}": it shrinks the weights of queries and keys, and the norm '
+        f'undoes that. Set megastab.stability.qk_clip to null, or megastab.model.qk_norm to "none".'
+    )
+
+
 def _one_length(facts: Facts) -> str | None:
     run = facts.megastab.run
     if run.total_steps is None and run.total_tokens is None:
@@ -214,6 +258,10 @@ RULES: tuple[Rule, ...] = (
     _pipeline_with_zero,
     _sequence_slices,
     _dropout_arch,
+    _dyt_section,
+    _layer_norm_scaling,
+    _multiplier_undone,
+    _qk_clip_with_norm,
     _one_length,
     _one_warmup,
 )

@@ -55,9 +55,10 @@ class DyTConfig(Section):
     """Dynamic tanh (arXiv 2503.10622), read with ``norm: dyt``: ``gain * tanh(alpha x) + bias`` in place of a norm."""
 
     alpha_attention: PositiveFloat | None = None
-    """Initial alpha before attention; ``null``: the paper's for this width."""
+    """Initial alpha of attention's input; ``null``: the paper's for this width (1.0 at 2048; between two of its widths log alpha is linear
+    in log width, outside them it is the nearest one's)."""
     alpha_other: PositiveFloat | None = None
-    """Initial alpha everywhere else, the final norm included; ``null``: the paper's for this width."""
+    """Initial alpha everywhere else, the final norm included; ``null``: as above (0.5 at 2048)."""
     embedding_scale: bool = True
     """A learned factor on the embedding's output, sqrt(hidden_size) at the start."""
 
@@ -97,14 +98,16 @@ class ModelConfig(Section):
     dyt: DyTConfig = DyTConfig()
     """Dynamic tanh, with ``norm: dyt``."""
     norm_position: NormPosition = "pre"
-    """``pre``: x + f(norm(x)); ``post``: norm(x + f(x)); ``peri``: x + norm(f(norm(x))), and a norm after the embedding with
-    ``embedding_norm`` (Peri-LN, arXiv 2502.02732); ``reordered``: x + norm(f(x)) (OLMo 2, arXiv 2501.00656)."""
+    """``pre``: x + f(norm(x)); ``post``: norm(x + f(x)), and no norm before the head, which the last block's norm precedes; ``peri``:
+    x + norm(f(norm(x))), and a norm after the embedding with ``embedding_norm`` (Peri-LN, arXiv 2502.02732); ``reordered``: x + norm(f(x))
+    (OLMo 2, arXiv 2501.00656)."""
     layer_norm_scaling: bool = False
-    """Multiply what a block's input norms give by 1/sqrt(l) in block l from 1 (arXiv 2502.05795)."""
+    """Multiply what a block's input norms give by 1/sqrt(l) in block l from 1 (arXiv 2502.05795); not with ``norm: dyt``, nor where a
+    block has no input norm."""
     embedding_norm: bool = False
-    """A norm right after the embedding."""
+    """A norm right after the embedding, after gpt's positions have been added to it."""
     embedding_multiplier: PositiveFloat = 1.0
-    """Fixed factor on the embedding's output (Gemma: sqrt(hidden_size))."""
+    """Fixed factor on the embedding's output (Gemma: sqrt(hidden_size)), before gpt's positions are added."""
     qk_norm: QKNorm = "none"
     """RMSNorm of queries and keys before the rotation: ``head``, over each head (Qwen3); ``full``, over the whole projection (OLMo 2)."""
     sink: Sink = "none"

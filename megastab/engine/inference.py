@@ -58,7 +58,12 @@ def load_for_inference(checkpoint: str | Path, dtype: torch.dtype | None = None)
     manifest = Manifest.read(checkpoint)
     config = _config_of(checkpoint.parent.parent / "config.json", manifest)
     model = Transformer(config)
-    load_weights(model, checkpoint / FOLDER)
+    unused = load_weights(model, checkpoint / FOLDER)
+    if unused:
+        raise UserError(
+            f"{checkpoint} holds {', '.join(sorted(unused)[:5])}, which the model of its manifest has not: a manifest of another model, "
+            f"or weights of a newer megastab"
+        )
     accelerator = get_accelerator()
     saved = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(manifest.layout.get("precision")), torch.float32)
     wanted = dtype or (torch.float32 if accelerator.device_name() == "cpu" else saved)

@@ -1,4 +1,4 @@
-"""One transformer block: pre-norm attention and MLP on the residual stream, with recompute and dropout."""
+"""One transformer block: attention and MLP on the residual stream, with their norms, recompute and dropout."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from megastab.model.attention import Attention
 from megastab.model.context import Context
 from megastab.model.kv_cache import KVCache
 from megastab.model.mlp import MLP
-from megastab.model.norms import build_norm
+from megastab.model.norms import build_branch_norms
 from megastab.parallel import rng
 from megastab.parallel.grid import TensorParallel
+
+Map = Callable[[Tensor], Tensor]
 
 
 def _recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
@@ -39,14 +41,14 @@ class Dropout(nn.Module):
 
 
 class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+    """Attention, then the MLP, each added to the residual stream; ``norm_position`` says where their norms are."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, layer: int, recompute: Recompute = "none", seed: int = 0):
         super().__init__()
-        self.tp, self.recompute = tp, recompute
-        self.attention_norm = build_norm(f"layers.{layer}.attention_norm", config, tp, layer)
+        self.tp, self.recompute, self.norm_position = tp, recompute, config.norm_position
+        self.attention_norm, self.attention_output_norm = build_branch_norms("attention", config, tp, layer)
         self.attention = Attention(config, tp, layer)
-        self.mlp_norm = build_norm(f"layers.{layer}.mlp_norm", config, tp, layer)
+        self.mlp_norm, self.mlp_output_norm = build_branch_norms("mlp", config, tp, layer)
         self.mlp = MLP(config, tp, layer)
         self.attention_dropout = Dropout(config.dropout, seed, layer, "attention")
         self.mlp_dropout = Dropout(config.dropout, seed, layer, "mlp")
@@ -58,8 +60,26 @@ class Block(nn.Module):
         return self._run(x_TD, context, cache)
 
     def _run(self, x_TD: Tensor, context: Context, cache: KVCache | None) -> Tensor:
-        x_TD = x_TD + self.attention_dropout(self._attention(self.attention_norm(x_TD), context, cache), context, self.tp)
-        return x_TD + self.mlp_dropout(self._mlp(self.mlp_norm(x_TD)), context, self.tp)
+        def attention(y_TD: Tensor) -> Tensor:
+            return self._attention(y_TD, context, cache)
+
+        def dropped(dropout: Dropout) -> Map:
+            return lambda y_TD: dropout(y_TD, context, self.tp)
+
+        x_TD = self._add(x_TD, attention, self.attention_norm, self.attention_output_norm, dropped(self.attention_dropout))
+        return self._add(x_TD, self._mlp, self.mlp_norm, self.mlp_output_norm, dropped(self.mlp_dropout))
+
+    def _add(self, x_TD: Tensor, branch: Map, norm: Map, output_norm: Map, dropout: Map) -> Tensor:
+        """The residual stream with one branch on it."""
+        match self.norm_position:
+            case "pre":
+                return x_TD + dropout(branch(norm(x_TD)))
+            case "post":  # arXiv 1706.03762
+                return output_norm(x_TD + dropout(branch(x_TD)))
+            case "peri":  # arXiv 2502.02732
+                return x_TD + dropout(output_norm(branch(norm(x_TD))))
+            case "reordered":  # OLMo 2, arXiv 2501.00656
+                return x_TD + dropout(output_norm(branch(x_TD)))
 
     def _attention(self, x_TD: Tensor, context: Context, cache: KVCache | None) -> Tensor:
         if not self._selects():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,8 @@ from megastab.config.schema import ModelConfig
 from megastab.config.vocab import padded_vocab
 from megastab.model.block import Dropout
 from megastab.model.context import Context
+from megastab.model.counts import learns_embedding_scale
+from megastab.model.norms import build_norm
 from megastab.parallel.grid import TensorParallel
 from megastab.parallel.layers import VocabParallelEmbedding, column_product, replicated, sharded
 from megastab.parallel.param_info import Part
@@ -27,19 +31,36 @@ class TokenEmbedding(VocabParallelEmbedding):
         super().__init__("embedding", vocab_rows(config), config.hidden_size, tp)
 
 
+class EmbeddingScale(nn.Module):
+    """``x * factor``: ``embedding_multiplier``, times the scale DyT learns in a norm's place, sqrt(D) at the start (arXiv 2503.10622)."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel):
+        super().__init__()
+        self.multiplier = config.embedding_multiplier
+        part = Part.whole("embedding_scale", "scale", 1, initial=math.sqrt(config.hidden_size))
+        self.weight = replicated(part, None, tp, None) if learns_embedding_scale(config) else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        if self.weight is None:
+            return x_TD * self.multiplier
+        return (x_TD * (self.weight.float() * self.multiplier)).to(x_TD.dtype)  # fp32: its gradient is a sum over all elements
+
+
 class Positions(nn.Module):
-    """Adds what follows the token embedding: learned positions and dropout (gpt)."""
+    """Adds what follows the token embedding of gpt: learned positions, the embedding's norm if there is one, and dropout."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, seed: int = 0):
         super().__init__()
         self.tp = tp
         self.weight = replicated(Part.whole("positions", "position", config.max_seq_len), config.hidden_size, tp, None)
+        self.norm = build_norm("embedding_norm", config, tp) if config.embedding_norm else nn.Identity()
         self.dropout = Dropout(config.dropout, seed, "embedding")
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         """[T, D] -> [T, D]."""
         positions_T = context.local_tokens(self.tp, x_TD.device) % context.seq + context.first_position
-        return self.dropout(x_TD + self.weight[positions_T], context, self.tp)
+        return self.dropout(self.norm(x_TD + self.weight[positions_T]), context, self.tp)
 
 
 class Head(nn.Module):

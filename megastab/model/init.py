@@ -9,6 +9,7 @@
 | norm gains, biases, padding rows       | 1, 0, 0 under every scheme                               |
 | learned sink logits                    | 0 under every scheme                                     |
 | kv_bias key and value                  | 0.02 under every scheme (arXiv 2402.17762)               |
+| scales (DyT's alpha, the embedding's)  | their part's ``initial`` under every scheme              |
 """
 
 from __future__ import annotations
@@ -81,6 +82,9 @@ def _fill_part(piece: Tensor, part: Part, width: int, start: int, layer: int | N
         piece.fill_(1.0)
     elif part.role in _ZERO:
         piece.zero_()
+    elif part.role == "scale":
+        assert part.initial is not None, f"{part.name} does not say what it starts at"
+        piece.fill_(part.initial)
     else:
         rng.fill_normal_(piece, weight_std(part.role, layer, config), seed, part.name, start)
         if part.role in ("embedding", "head") and config.vocab_size is not None:

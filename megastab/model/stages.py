@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from megastab.config.schema import Megastab, ModelConfig
 from megastab.model.block import Block
 from megastab.model.context import Context
-from megastab.model.counts import layer_costs
-from megastab.model.embedding import Head, Positions, TokenEmbedding, tied_head
+from megastab.model.counts import entrance, has_final_norm, layer_costs
+from megastab.model.embedding import EmbeddingScale, Head, Positions, TokenEmbedding, tied_head
 from megastab.model.loss import cross_entropy
 from megastab.model.norms import build_norm
 from megastab.parallel.grid import TensorParallel
@@ -101,11 +101,16 @@ def layer_specs(config: Megastab, tp: TensorParallel) -> tuple[list[Any], list[i
         return TiedLayerSpec("embedding", _Embedding, model, tp, sides, forward_fn=forward, tied_weight_attr="weight")
 
     specs = [tie(None) if model.tie_embeddings else LayerSpec(_Embedding, model, tp, sides)]
-    if model.arch == "gpt":
-        specs.append(spec(lambda: Positions(model, tp, seed)))
+    before = {
+        "scale": lambda: EmbeddingScale(model, tp),
+        "positions": lambda: Positions(model, tp, seed),
+        "norm": lambda: build_norm("embedding_norm", model, tp),
+    }
+    specs += [spec(before[layer]) for layer in entrance(model)]
     for i in range(model.num_layers):
         specs.append(spec(lambda i=i: Block(model, tp, i, config.parallel.recompute, seed)))  # type: ignore[misc]
-    specs.append(spec(lambda: build_norm("final_norm", model, tp)))
+    if has_final_norm(model):
+        specs.append(spec(lambda: build_norm("final_norm", model, tp)))
     specs.append(tie(_tied_head) if model.tie_embeddings else LayerSpec(_Head, model, tp))
     return specs, layer_costs(model)
 
@@ -114,6 +119,7 @@ def pipeline_loss(config: Megastab, tp: TensorParallel) -> Callable[[Tensor, tup
     """``loss_fn(logits, (labels, weights))`` for the last stage."""
 
     def loss(logits_GV: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        return cross_entropy(logits_GV, *targets, config.model.vocab_size or 0, config.loss.z_loss, tp)
+        model = config.model
+        return cross_entropy(logits_GV, *targets, model.vocab_size or 0, config.loss.z_loss, tp, model.logit_softcap)
 
     return loss

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from megastab.config.schema import Megastab, ModelConfig
 from megastab.model.block import Block
 from megastab.model.context import Context
-from megastab.model.embedding import Head, Positions, TokenEmbedding
+from megastab.model.counts import entrance, has_final_norm
+from megastab.model.embedding import EmbeddingScale, Head, Positions, TokenEmbedding
 from megastab.model.kv_cache import KVCache
-from megastab.model.loss import cross_entropy
+from megastab.model.loss import cross_entropy, soft_cap
 from megastab.model.norms import build_norm
 from megastab.parallel.grid import ALONE, TensorParallel
 
@@ -23,9 +24,12 @@ class Transformer(nn.Module):
         self.config: ModelConfig = model
         self.tp, self.z_loss = tp, config.loss.z_loss
         self.embedding = TokenEmbedding(model, tp)
-        self.positions = Positions(model, tp, seed) if model.arch == "gpt" else None
+        layers = entrance(model)
+        self.scale = EmbeddingScale(model, tp) if "scale" in layers else nn.Identity()
+        self.positions = Positions(model, tp, seed) if "positions" in layers else None
+        self.embedding_norm = build_norm("embedding_norm", model, tp) if "norm" in layers else nn.Identity()
         self.blocks = nn.ModuleList(Block(model, tp, layer, config.parallel.recompute, seed) for layer in range(model.num_layers))
-        self.norm = build_norm("final_norm", model, tp)
+        self.norm = build_norm("final_norm", model, tp) if has_final_norm(model) else nn.Identity()
         self.head = Head(model, tp, tied=self.embedding.weight if model.tie_embeddings else None)
 
     def forward(
@@ -39,15 +43,22 @@ class Transformer(nn.Module):
         """[B, S] ids and targets -> sum of ``weights`` times losses (fp32 scalar, equal on every tp rank)."""
         batch, seq = tokens.shape
         context = Context(batch, seq, sample_ids, document_ids)
-        logits_GV = self.logits(tokens, context)
-        return cross_entropy(logits_GV, labels, weights, self.config.vocab_size or 0, self.z_loss, self.tp)
+        logits_GV = self._uncapped(tokens, context)
+        model = self.config
+        return cross_entropy(logits_GV, labels, weights, model.vocab_size or 0, self.z_loss, self.tp, model.logit_softcap)
 
     def logits(self, tokens: Tensor, context: Context | None = None, caches: list[KVCache] | None = None) -> Tensor:
-        """[B, S] ids -> [B*S, V] logits of this rank's vocabulary rows, in the weights' dtype."""
-        context = context or Context(*tokens.shape)
-        x_TD = self.embedding(tokens.reshape(-1))
+        """[B, S] ids -> [B*S, V] logits of this rank's vocabulary rows, in the weights' dtype, soft-capped where the model says so."""
+        logits_GV = self._uncapped(tokens, context or Context(*tokens.shape), caches)
+        cap = self.config.logit_softcap
+        return logits_GV if cap is None else soft_cap(logits_GV, cap).to(logits_GV.dtype)
+
+    def _uncapped(self, tokens: Tensor, context: Context, caches: list[KVCache] | None = None) -> Tensor:
+        """What the head gives: the loss caps it a chunk at a time."""
+        x_TD = self.scale(self.embedding(tokens.reshape(-1)))
         if self.positions is not None:
             x_TD = self.positions(x_TD, context)
+        x_TD = self.embedding_norm(x_TD)
         for i, block in enumerate(self.blocks):
             x_TD = block(x_TD, context, caches[i] if caches else None)
         return self.head(self.norm(x_TD))

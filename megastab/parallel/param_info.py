@@ -16,9 +16,25 @@ from megastab.parallel.collectives import Group
 from megastab.parallel.grid import TensorParallel
 
 Role = Literal[
-    "embedding", "position", "head", "q", "k", "v", "o", "output_gate", "gate", "up", "down", "norm", "bias", "sink", "kv_bias", "other"
+    "embedding",
+    "position",
+    "head",
+    "q",
+    "k",
+    "v",
+    "o",
+    "output_gate",
+    "gate",
+    "up",
+    "down",
+    "norm",
+    "bias",
+    "sink",
+    "kv_bias",
+    "scale",
+    "other",
 ]
-VECTOR_ROLES: frozenset[Role] = frozenset({"norm", "bias", "sink", "kv_bias"})
+VECTOR_ROLES: frozenset[Role] = frozenset({"norm", "bias", "sink", "kv_bias", "scale"})
 
 
 @dataclass(frozen=True)
@@ -30,11 +46,13 @@ class Part:
     global_rows: int
     start: int
     rows: int
+    initial: float | None = None
+    """What every element starts at; only for ``scale``, whose role does not say it."""
 
     @classmethod
-    def whole(cls, name: str, role: Role, rows: int) -> Part:
+    def whole(cls, name: str, role: Role, rows: int, initial: float | None = None) -> Part:
         """A matrix every rank holds whole."""
-        return cls(name, role, rows, 0, rows)
+        return cls(name, role, rows, 0, rows, initial)
 
     @classmethod
     def cut(cls, name: str, role: Role, rows: int, tp: TensorParallel, copies: int = 1) -> Part:
@@ -66,7 +84,7 @@ class ParamInfo:
 
     @property
     def decays(self) -> bool:
-        """Weight decay is for matrices; gains, biases and sinks keep their scale."""
+        """Weight decay is for matrices; gains, biases, scales and sinks keep theirs."""
         return self.parts[0].role not in VECTOR_ROLES
 
 

@@ -5,8 +5,8 @@ rank's query and key channels, F its MLP channels, V its vocabulary rows, e byte
 
 | recompute  | residual stream, T D e each    | attention, G e each                        | MLP, G e each                 |
 |------------|--------------------------------|--------------------------------------------|-------------------------------|
-| none       | both norms' inputs and outputs | fused q+k+v, turned q and k (llama), out   | gate+up, act(gate), product   |
-| selective  | both norms' inputs and outputs | fused q+k+v, out                           | gate+up, product              |
+| none       | norms' and branches' inputs    | fused q+k+v, turned q and k (llama), out   | gate+up, act(gate), product   |
+| selective  | norms' and branches' inputs    | fused q+k+v, out                           | gate+up, product              |
 | full       | the block's input              |                                            |                               |
 
 plus, with an output gate, the gates and the gated output; with norms of queries and keys, these normed (gpt) and their inputs (by head);
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from megastab.config.config import Config
 from megastab.config.schema import ModelConfig, Recompute
 from megastab.config.vocab import padded_vocab
-from megastab.model.counts import gate_rows
+from megastab.model.counts import gate_rows, has_final_norm, learns_embedding_scale, norms_of_a_branch
 from megastab.plan.parameters import Stage, kv_width
 
 FP32 = 4
@@ -92,7 +92,7 @@ def activations(config: Config, stage: Stage) -> Activations:
     if stage.has_head:
         kept += head_bytes(model, shape)
         columns = padded_vocab(model.vocab_size or 0) // shape.tensor
-        chunk = FP32 * min(shape.tokens * columns, LOSS_CHUNK_ELEMENTS)
+        chunk = FP32 * min(shape.tokens * columns, LOSS_CHUNK_ELEMENTS) * (1 if model.logit_softcap is None else 2)
         workspace = max(workspace, shape.channels(columns) + chunk)
     elif config.layout.pipeline > 1:
         kept += shape.stream(model)  # the output waits for its gradient
@@ -109,13 +109,14 @@ def block_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> int:
     dropout = 2 * shape.local_tokens * model.hidden_size if model.dropout else 0  # one byte an element, both sites
     if recompute == "full":
         return shape.stream(model)
-    norms = 4 * shape.stream(model) + 2 * norm_statistics(model, shape)
+    count = norms_of_a_branch(model)
+    norms = 2 * (count + 1) * shape.stream(model) + 2 * count * norm_statistics(model, shape)  # the branch keeps its input, too
     return norms + dropout + _attention_bytes(model, shape, recompute) + _mlp_bytes(model, shape, recompute)
 
 
 def norm_statistics(model: ModelConfig, shape: Shape) -> int:
-    """Per token the inverse deviation, and LayerNorm's mean."""
-    return shape.local_tokens * FP32 * (2 if model.norm == "layernorm" else 1)
+    """Per token the inverse deviation, and LayerNorm's mean; DyT has none."""
+    return shape.local_tokens * FP32 * {"layernorm": 2, "dyt": 0}.get(model.norm, 1)
 
 
 def _attention_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> int:
@@ -157,14 +158,18 @@ def _mlp_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> int:
 
 
 def embedding_bytes(model: ModelConfig, shape: Shape) -> int:
-    """Token ids; with tensor parallelism the places that are another rank's, with gpt positions and dropout's mask."""
+    """Token ids; with tensor parallelism the places that are another rank's, with gpt positions and dropout's mask; what the learned
+    scale and the norm are given."""
     ids = shape.tokens * INDEX * (2 if model.arch == "gpt" else 1)
     dropped = shape.local_tokens * model.hidden_size if model.dropout else 0
-    return ids + (shape.tokens if shape.tensor > 1 else 0) + dropped
+    scale = shape.stream(model) if learns_embedding_scale(model) else 0
+    norm = shape.stream(model) + norm_statistics(model, shape) if model.embedding_norm else 0
+    return ids + (shape.tokens if shape.tensor > 1 else 0) + dropped + scale + norm
 
 
 def head_bytes(model: ModelConfig, shape: Shape) -> int:
-    """Input and output of the final norm, the logits once, and a few numbers a token."""
+    """Input of the final norm, input of the head, the logits once, and a few numbers a token."""
     columns = padded_vocab(model.vocab_size or 0) // shape.tensor
     per_token = 2 * INDEX + 1 + 2 * FP32
-    return 2 * shape.stream(model) + norm_statistics(model, shape) + shape.channels(columns) + shape.tokens * per_token
+    norm = shape.stream(model) + norm_statistics(model, shape) if has_final_norm(model) else 0
+    return norm + shape.stream(model) + shape.channels(columns) + shape.tokens * per_token

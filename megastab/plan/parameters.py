@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megastab.config.layout import Layout
 from megastab.config.schema import ModelConfig
 from megastab.config.vocab import padded_vocab
-from megastab.model.counts import gate_rows, layer_costs
+from megastab.model.counts import entrance, gate_rows, has_final_norm, layer_costs, learns_embedding_scale
 from megastab.parallel.partition import stage_bounds
 
 
@@ -72,17 +72,29 @@ def _layers(model: ModelConfig, tensor: int) -> Iterator[list[Weight]]:
     assert model.vocab_size is not None
     vocab = padded_vocab(model.vocab_size) // tensor * width
     yield [Weight("embedding", vocab)]
-    if model.arch == "gpt":
-        yield [Weight("positions", model.max_seq_len * width)]
-    for layer in range(model.num_layers):
-        yield [*_block(model, tensor, f"layers.{layer}")]
-    yield [*_norm(model, "final_norm")]
+    for layer in entrance(model):
+        yield [*_entrance(model, layer)]
+    for index in range(model.num_layers):
+        yield [*_block(model, tensor, f"layers.{index}")]
+    if has_final_norm(model):
+        yield [*_norm(model, "final_norm")]
     yield [Weight("embedding" if model.tie_embeddings else "head", vocab)]
 
 
+def _entrance(model: ModelConfig, layer: str) -> Iterator[Weight]:
+    if layer == "scale" and learns_embedding_scale(model):
+        yield Weight("embedding_scale", 1, decays=False)
+    if layer == "positions":
+        yield Weight("positions", model.max_seq_len * model.hidden_size)
+    if layer != "scale" and model.embedding_norm:
+        yield from _norm(model, "embedding_norm")
+
+
 def _norm(model: ModelConfig, name: str) -> Iterator[Weight]:
+    if model.norm == "dyt":
+        yield Weight(f"{name}.alpha", 1, decays=False)
     yield Weight(f"{name}.gain", 1 if model.norm == "rmsnorm_scalar" else model.hidden_size, decays=False)
-    if model.norm == "layernorm":
+    if model.norm in ("layernorm", "dyt"):
         yield Weight(f"{name}.bias", model.hidden_size, decays=False)
 
 
@@ -92,12 +104,13 @@ def _block(model: ModelConfig, tensor: int, name: str) -> Iterator[Weight]:
     # q, k and v are one parameter unless tensor-parallel ranks share a KV head; an output gate is part of q's.
     projections = {"qkv": q + 2 * kv + gates} if model.num_kv_heads >= tensor else {"q": q + gates, "kv": 2 * kv}
     up = 2 * mlp if model.arch == "llama" else mlp
-    yield from _norm(model, f"{name}.attention_norm")
+    before, after = model.norm_position in ("pre", "peri"), model.norm_position != "pre"
+    for norm in [*["attention_norm", "mlp_norm"] * before, *["attention_output_norm", "mlp_output_norm"] * after]:
+        yield from _norm(model, f"{name}.{norm}")
     for matrix, rows in (*projections.items(), ("up", up)):
         yield Weight(f"{name}.{matrix}", rows * width)
         if has_bias:
             yield Weight(f"{name}.{matrix}.bias", rows, decays=False)
-    yield from _norm(model, f"{name}.mlp_norm")
     for matrix, rows in (("o", q), ("down", mlp)):
         yield Weight(f"{name}.{matrix}", rows * width)
         if has_bias:

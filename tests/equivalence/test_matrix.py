@@ -49,6 +49,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "relu2": {"model": {"activation": "relu2"}},
     "relu": {"model": {"activation": "relu"}},
     "layernorm": {"model": {"norm": "layernorm"}},
+    "dyt_tied": {"model": {"norm": "dyt", "tie_embeddings": True}},
+    "gpt_dyt": {"model": {**GPT, "norm": "dyt", "norm_position": "peri", "embedding_norm": True}},
+    "peri": {"model": {"norm_position": "peri", "embedding_norm": True}},
+    "post": {"model": {"norm_position": "post", "embedding_norm": True}},
+    "reordered_softcap": {
+        "model": {"norm_position": "reordered", "logit_softcap": 3.0, "embedding_multiplier": 2.0, "tie_embeddings": True}
+    },
+    "gpt_normed": {  # factor, positions, norm, dropout: everything between look-up and blocks
+        "model": {**GPT, "embedding_norm": True, "embedding_multiplier": 2.0, "logit_softcap": 3.0, "dropout": 0.1},
+        "loss": {"z_loss": 1e-2},
+    },
+    "depth_scaled": {"model": {"layer_norm_scaling": True}},
     "z_loss": {"loss": {"z_loss": 1e-2}},
     "scalar": {"model": {"norm": "rmsnorm_scalar"}},
     "softmax1_capped": {"model": {"sink": "softmax1", "attention_softcap": 0.5}},  # logits are of order 1 here
@@ -157,6 +169,13 @@ FP32 = [
     *rows("kv_bias_released", Z3_DP2, Layout(4, tp=2, zero=3), Layout(2, zero=3, recompute="selective"), Layout(2, zero=3, compile=True)),
     *rows("gpt_kv_bias_head", TP2, TP2_PP2_SP, Layout(4, tp=2, zero=3)),
     *rows("gpt_learned_full", TP2, TP2_PP2_SP, Layout(2, zero=3, recompute="full")),
+    *rows("dyt_tied", TP2, PP2, TP2_PP2_SP, Z1_DP2, Z3_DP2, Layout(4, tp=2, sp=True, zero=2), Layout(2, tp=2, sp=True, compile=True)),
+    *rows("gpt_dyt", TP2_PP2_SP, Z3_DP2),
+    *rows("peri", TP2_SP, PP2, TP2_PP2_SP, Z3_DP2),
+    *rows("post", TP2_SP, PP2, Z3_DP2),
+    *rows("reordered_softcap", TP2, TP2_PP2_SP, Z3_DP2),
+    *rows("gpt_normed", PP2, TP2_PP2_SP, Z3_DP2),
+    *rows("depth_scaled", PP2),
     *rows("z_loss", TP2, PP2),
     *rows("lir", TP2, PP2, Z3_DP2),
     *rows("residual_scaled", TP2_PP2),
@@ -193,6 +212,7 @@ LOW = [
     *rows("stable", Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("zclip_parameter", Z1_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
+    *rows("dyt_tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z3_DP2, dtype="bf16"),
     *rows("large_tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),  # ranks with nothing to count
     *rows("dropout", Layout(2, zero=1, accumulation=2), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("llama", Layout(2, tp=2, zero=1), Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="fp16"),
@@ -279,7 +299,7 @@ def test_layout_trains_as_one_process(row: Row) -> None:
         assert loss <= LOSS_AND_NORM and norm <= LOSS_AND_NORM, (kind, loss, norm)
         assert gradient[0] <= GRADIENT, (kind, gradient)
         assert weight[0] <= WEIGHT[kind], (kind, weight)
-        if kind == "AdamW" and row.model.startswith(("gpt", "dropout")):
+        if kind == "AdamW" and row.model.startswith(("gpt", "dropout", "dyt")):
             bias = worst(*({n: w for n, w in whole.items() if n.endswith("bias")} for whole in found["final"]), skip=".k.bias")
             assert bias[0] <= ADAM_BIAS, bias
         assert all(r.rescaled == single.rescaled for r in ranks), "rescale decisions"

@@ -13,6 +13,7 @@ from megastab.report.bench.cases import Options
 from megastab.report.bench.corpus import data
 from megastab.report.bench.jobs import Failed
 from megastab.report.bench.machine import facts
+from megastab.report.bench.norms import norms
 from megastab.report.bench.orthoadam import orthoadam
 from megastab.report.bench.rows import Row, table
 from megastab.report.bench.speed import memory, single, tp2, trainer, wrappers
@@ -30,6 +31,7 @@ FIGURES: dict[str, Callable[[Options], Iterator[Row]]] = {
     "stability": stability,
     "orthoadam": orthoadam,
     "attention": attention,
+    "norms": norms,
 }
 
 

@@ -57,6 +57,43 @@ def test_every_difference_is_named() -> None:
         a_manifest("abc").check(a_manifest("def"), HERE)
 
 
+NEW_KEYS = ("dyt", "norm_position", "layer_norm_scaling", "embedding_norm", "embedding_multiplier", "qk_norm", "sink")
+NEW_KEYS += ("output_gate", "attention_softcap", "logit_softcap")
+
+
+def test_checkpoint_of_a_version_without_these_keys_resumes(tmp_path: Path) -> None:
+    old = replace(a_manifest(), model={key: value for key, value in a_manifest().model.items() if key not in NEW_KEYS})
+    old.write(tmp_path)
+    Manifest.read(tmp_path).check(a_manifest(), HERE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("norm", "dyt", "norm rmsnorm there, dyt here"),
+        ("norm_position", "peri", "norm_position pre there, peri here"),
+        ("layer_norm_scaling", True, "layer_norm_scaling False there, True here"),
+        ("embedding_norm", True, "embedding_norm False there, True here"),
+        ("embedding_multiplier", 8.0, "embedding_multiplier 1.0 there, 8.0 here"),
+        ("sink", "kv_bias", "sink none there, kv_bias here"),
+        ("logit_softcap", 30.0, "logit_softcap None there, 30.0 here"),
+    ],
+)
+@pytest.mark.parametrize("is_old", [False, True], ids=["today's", "of a version without these keys"])
+def test_another_variant_is_refused_by_its_key(key: str, value: object, said: str, is_old: bool) -> None:
+    there, here = a_manifest(), Manifest.of(load_config(config_of(SINGLE, **{f"model__{key}": value}), world_size=1), 0, 0)
+    if is_old:
+        there = replace(there, model={key: value for key, value in there.model.items() if key not in NEW_KEYS})
+    with pytest.raises(UserError, match=rf"is of another model \({said}\): train it in another megastab.run.dir"):
+        there.check(here, HERE)
+
+
+def test_key_of_a_newer_version_is_named() -> None:
+    newer = replace(a_manifest(), model={**a_manifest().model, "mixture": 8})
+    with pytest.raises(UserError, match="another model .*mixture 8 there, None here"):
+        newer.check(a_manifest(), HERE)
+
+
 def test_name_of_a_step_sorts() -> None:
     assert store.tag_of(25) == "step00000025" and sorted([store.tag_of(1000), store.tag_of(999)]) == [store.tag_of(999), store.tag_of(1000)]
 

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megastab.config.errors import UserError
 from megastab.config.load import load_config
 
-CONFIGS = sorted(Path(__file__).parents[3].joinpath("configs").glob("*.json"))
+CONFIGS = sorted(Path(__file__).parents[3].joinpath("configs").rglob("*.json"))
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,28 @@ def test_the_promised_configs_are_shipped() -> None:
         "llama_1b",
         "llama_7b",
     }
+
+
+HYBRIDS = ("baseline", "kv_bias", "dyt", "tvr", "kv_bias_tvr", "dyt_tvr")
+
+
+@pytest.mark.parametrize("hybrid", HYBRIDS)
+@pytest.mark.parametrize("size", ["llama_1b", "llama_2m"])
+def test_hybrids_differ_in_what_their_names_say(size: str, hybrid: str) -> None:
+    def read(name: str) -> dict[str, Any]:
+        path = next(path for path in CONFIGS if path.stem == f"{size}_{name}")
+        return load_config(path, world_size=1).megastab.model_dump(mode="json")
+
+    made, base = read(hybrid), read("baseline")
+    assert made["run"].pop("dir") == f"runs/hybrids/{size}_{hybrid}" and base["run"].pop("dir")
+    assert (made["model"].pop("norm") == "dyt") == ("dyt" in hybrid) and base["model"].pop("norm") == "rmsnorm"
+    assert (made["model"].pop("sink") == "kv_bias") == ("kv_bias" in hybrid) and base["model"].pop("sink") == "none"
+    tvr = made["stability"].pop("tvr")
+    assert (tvr is not None) == ("tvr" in hybrid) and base["stability"].pop("tvr") is None
+    if size == "llama_1b" and "dyt" in hybrid:  # arXiv 2503.22329: the DyT runs start from .02, and TVR holds them there
+        assert (made["model"].pop("init")["std"], base["model"].pop("init")["std"]) == (0.02, 0.006)
+        assert tvr is None or tvr["target_std"] == 0.02
+    assert made == base
 
 
 def test_loading_imports_neither_torch_nor_deepspeed() -> None:

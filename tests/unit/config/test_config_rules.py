@@ -86,6 +86,26 @@ CASES: dict[str, Case] = {
         ("megastab.model.dropout = 0.1", 'megastab.model.arch = "gpt"'),
         ("megastab.model.arch=gpt",),
     ),
+    "_dyt_section": Case(
+        ("megastab.model.dyt.alpha_other=0.5",),
+        ('megastab.model.dyt is given with megastab.model.norm = "rmsnorm"', 'set megastab.model.norm to "dyt", or leave'),
+        ("megastab.model.norm=dyt",),
+    ),
+    "_layer_norm_scaling": Case(
+        ("megastab.model.layer_norm_scaling=true", "megastab.model.norm=dyt"),
+        ("megastab.model.layer_norm_scaling is true", "dynamic tanh does not normalise", "set it to false, or use another"),
+        ("megastab.model.norm=layernorm",),
+    ),
+    "_multiplier_undone": Case(
+        ("megastab.model.embedding_norm=true", "megastab.model.embedding_multiplier=8"),
+        ("megastab.model.embedding_multiplier = 8 with megastab.model.embedding_norm", "divides the factor out", "embedding_norm to false"),
+        ("megastab.model.embedding_norm=false",),
+    ),
+    "_qk_clip_with_norm": Case(
+        ("megastab.stability.qk_clip={}", "megastab.model.qk_norm=head"),
+        ("megastab.stability.qk_clip with", 'megastab.model.qk_norm = "head"', "the norm undoes that", 'megastab.model.qk_norm to "none"'),
+        ("megastab.stability.qk_clip=null",),
+    ),
     "_one_length": Case(
         ("megastab.run.total_steps=null",),
         ("megastab.run.total_steps is missing", "megastab.run.total_tokens"),
@@ -111,6 +131,21 @@ def test_rule_tells_keys_values_and_a_fix_that_loads(load, refuse, name: str) ->
 
 def test_every_rule_has_a_case() -> None:
     assert list(CASES) == [rule.__name__ for rule in RULES]
+
+
+@pytest.mark.parametrize(("position", "refused"), [("pre", False), ("peri", False), ("post", True), ("reordered", True)])
+def test_layer_norm_scaling_needs_input_norms(load, refuse, position: str, refused: bool) -> None:
+    given = ("megastab.model.layer_norm_scaling=true", f"megastab.model.norm_position={position}")
+    if not refused:
+        load(*given)
+        return
+    assert f'megastab.model.norm_position = "{position}" a block has no input norm to scale: set it to false, or use' in refuse(*given)
+
+
+def test_a_multiplier_before_a_norm_that_keeps_it_is_fine(load) -> None:
+    given = ("megastab.model.embedding_norm=true", "megastab.model.embedding_multiplier=8")
+    load(*given, "megastab.model.norm=dyt")
+    load(*given, "megastab.model.arch=gpt")
 
 
 def test_both_lengths_are_refused(refuse) -> None:

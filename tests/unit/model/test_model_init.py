@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from megastab.model.init import init_weights, weight_std
+from megastab.parallel.param_info import ParamInfo, Part, describe
 from tests.layouts import GPT, LLAMA
 from tests.oracle.models import build, logical
 
@@ -35,6 +37,16 @@ def test_std_of_every_matrix_follows_the_table(base: dict, scheme: str) -> None:
             real = values[:500] if name in ("embedding", "head") else values
             assert float(real.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * real.numel())), name  # five sigma
             assert abs(float(real.mean())) < 5 * std / math.sqrt(real.numel()), name
+
+
+def test_a_scale_starts_at_what_its_part_says() -> None:
+    held = nn.Parameter(torch.full((3,), torch.nan))
+    describe(held, ParamInfo((Part.whole("a", "scale", 1, 0.25), Part.whole("b", "scale", 2, 8.0))))
+    config = build(LLAMA).config
+    init_weights(nn.ParameterList([held]), config, 1)
+    assert held.tolist() == [0.25, 8.0, 8.0]
+    with pytest.raises(AssertionError, match="c does not say what it starts at"):
+        init_weights(nn.ParameterList([describe(nn.Parameter(torch.ones(1)), ParamInfo((Part.whole("c", "scale", 1),)))]), config, 1)
 
 
 def test_padding_rows_start_at_zero() -> None:

@@ -17,8 +17,10 @@ from megastab.model.norms import LayerNorm, build_norm
 from megastab.model.stages import Sides
 from megastab.model.transformer import Transformer
 from megastab.parallel.grid import ALONE, TensorParallel
-from tests.layouts import GPT, LLAMA, SINGLE, config_of
+from tests.layouts import GPT, LLAMA, NORM_VARIANTS, SINGLE, config_of
 from tests.oracle.models import build, logical
+
+VARIANTS = {name: {**LLAMA, **changes} for name, changes in NORM_VARIANTS.items()}
 
 
 def drawn(model: dict, seed: int = 1, **block: dict) -> Transformer:
@@ -115,8 +117,18 @@ def test_padding_columns_are_dropped_from_logits() -> None:
         {**LLAMA, "norm": "rmsnorm_scalar"},
         {**LLAMA, "num_kv_heads": 2, "sink": "kv_bias", "qk_norm": "full", "output_gate": "head"},
         {**GPT, "num_kv_heads": 2, "sink": "learned", "qk_norm": "head", "output_gate": "element"},
+        *VARIANTS.values(),
     ],
-    ids=["llama", "gpt", "tied mqa layernorm", "gpt rmsnorm gqa", "rmsnorm_scalar", "kv_bias full head", "gpt learned head element"],
+    ids=[
+        "llama",
+        "gpt",
+        "tied mqa layernorm",
+        "gpt rmsnorm gqa",
+        "rmsnorm_scalar",
+        "kv_bias full head",
+        "gpt learned head element",
+        *VARIANTS,
+    ],
 )
 def test_parameters_are_counted_without_building(model: dict) -> None:
     network = build(model)

@@ -25,19 +25,24 @@ def without_cache(model: Transformer, ids: list[int], count: int) -> list[int]:
     return ids[-count:]
 
 
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"sink": "softmax1", "output_gate": "element"},
-    {"sink": "learned", "qk_norm": "full", "attention_softcap": 1.5},
-    {"sink": "kv_bias", "qk_norm": "head", "output_gate": "head"},
-    {"attention_softcap": 1.5},
-]
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((arch, changes) for arch in ("llama", "gpt") for changes in (
+        {},
+        {"sink": "softmax1", "output_gate": "element"},
+        {"sink": "learned", "qk_norm": "full", "attention_softcap": 1.5},
+        {"sink": "kv_bias", "qk_norm": "head", "output_gate": "head"},
+        {"attention_softcap": 1.5},
+    )),
+    ("llama", {"norm": "dyt", "logit_softcap": 5.0}),
+    ("gpt", {"norm_position": "peri", "embedding_norm": True, "embedding_multiplier": 3.0}),
+    ("llama", {"norm_position": "post", "embedding_norm": True}),
+    ("llama", {"norm_position": "reordered", "logit_softcap": 2.0}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())) or "plain")
-@pytest.mark.parametrize("arch", ["llama", "gpt"])  # llama here has grouped KV heads
-def test_cached_logits_equal_recomputed_ones(arch: str, variant: dict[str, Any]) -> None:
-    model = tiny_model(arch, **variant).eval()
+@pytest.mark.parametrize(("arch", "changes"), VARIANTS, ids=str)  # llama here has grouped KV heads
+def test_cached_logits_equal_recomputed_ones(arch: str, changes: dict[str, Any]) -> None:
+    model = tiny_model(arch, **changes).eval()
     tokens = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = model.logits(tokens).view(2, 12, -1)

@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megastab.checkpoint.manifest import Manifest
 from megastab.config.errors import UserError
 from megastab.data.tokenizer import Tokenizer
 from megastab.data.tokenizer_training import train_tokenizer
@@ -54,6 +56,33 @@ def test_a_checkpoint_of_any_layout_samples_like_one_process(tmp_path: Path, ove
     alone = tiny_model(overrides.get("arch", "llama"), draw_biases=False)
     assert generate(model, PROMPT, 10, temperature=0.9, seed=3) == generate(alone, PROMPT, 10, temperature=0.9, seed=3)
     assert config.model.vocab_size == VOCAB
+
+
+@pytest.mark.parametrize(
+    ("written", "edited", "said"),
+    [
+        ({}, {"norm": "dyt"}, r"lacks embedding_scale, final_norm.alpha, final_norm.bias, layers.0.attention_norm.alpha, "),
+        ({"norm": "dyt"}, {"norm": "rmsnorm"}, r"holds embedding_scale, final_norm.alpha, .* which the model of its manifest has not"),
+        ({"norm_position": "peri"}, {"norm_position": "reordered"}, r"holds layers.0.attention_norm, layers.0.mlp_norm"),
+    ],
+    ids=["dyt", "rmsnorm", "reordered"],
+)
+def test_weights_of_another_variant_are_refused(tmp_path: Path, written: dict[str, Any], edited: dict[str, Any], said: str) -> None:
+    where = Path(run_ranks(1, write_checkpoint, str(tmp_path / "run"), {"model": written})[0])
+    manifest = Manifest.read(where)
+    load_for_inference(where)
+    replace(manifest, model={**manifest.model, **edited}).write(where)
+    with pytest.raises(UserError, match=said):
+        load_for_inference(where)
+
+
+def test_checkpoint_of_a_version_without_the_variants_samples(tmp_path: Path) -> None:
+    where = Path(run_ranks(1, write_checkpoint, str(tmp_path / "run"), {})[0])
+    manifest = Manifest.read(where)
+    old = set(manifest.model) - {"dyt", "norm_position", "layer_norm_scaling", "embedding_norm", "embedding_multiplier", "logit_softcap"}
+    replace(manifest, model={key: manifest.model[key] for key in old}).write(where)
+    found = generate(load_for_inference(where).model, PROMPT, 5, temperature=0.0)
+    assert found == generate(tiny_model(draw_biases=False), PROMPT, 5, temperature=0.0)
 
 
 def test_tensor_parallel_weights_are_merged_exactly(run: Path) -> None:

@@ -15,7 +15,14 @@ from megastab.model.transformer import Transformer
 VOCAB = 400
 
 
-def tiny_config(arch: str = "llama", world: int = 1, run: Path | str = "runs/tiny", tokenizer: str | None = None, **top: Any) -> Config:
+def tiny_config(
+    arch: str = "llama",
+    world: int = 1,
+    run: Path | str = "runs/tiny",
+    tokenizer: str | None = None,
+    model: dict[str, Any] | None = None,
+    **top: Any,
+) -> Config:
     block = {
         "model": {
             "arch": arch,
@@ -27,7 +34,7 @@ def tiny_config(arch: str = "llama", world: int = 1, run: Path | str = "runs/tin
             "max_seq_len": 24,
             "vocab_size": VOCAB,
             "init": {"std": 0.2},  # wide enough for attention to matter to the next token
-            **top.pop("model", {}),
+            **(model or {}),
         },
         "data": {"tokenizer": tokenizer},
         "run": {"dir": str(run), "total_steps": 2, "seed": 7},
@@ -37,8 +44,8 @@ def tiny_config(arch: str = "llama", world: int = 1, run: Path | str = "runs/tin
     return load_config({**deepspeed, "megastab": block}, world_size=world)
 
 
-def tiny_model(arch: str = "llama", draw_biases: bool = True, **variant: Any) -> Transformer:
-    config = tiny_config(arch, model=variant).megastab
+def tiny_model(arch: str = "llama", draw_biases: bool = True, **model: Any) -> Transformer:
+    config = tiny_config(arch, model=model).megastab
     model = Transformer(config)
     init_weights(model, config.model, config.run.seed)
     if draw_biases and arch == "gpt":  # biases start at 0, where a wrong one would not be seen

@@ -19,7 +19,7 @@ from megastab.wrappers.choice import wrapper_name
 from tests.unit.plan.jobs import small_config
 
 ROOT = Path(__file__).parents[3]
-CONFIGS = sorted((ROOT / "configs").glob("*.json"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.json"))
 LLAMA_7B = ROOT / "configs" / "llama_7b.json"
 
 

@@ -70,14 +70,38 @@ LLAMA = {"hidden_size": 128, "max_seq_len": 64}
         ("llama", {"sink": "kv_bias", "qk_norm": "head", "output_gate": "element"}),
         ("gpt", {"sink": "learned", "qk_norm": "full", "output_gate": "head"}),
         ("llama", {"sink": "softmax1", "attention_softcap": 30.0}),
+        ("llama", {"norm": "dyt", "norm_position": "peri", "embedding_norm": True}),
+        ("gpt", {"norm_position": "post", "embedding_norm": True}),
+        ("llama", {"norm_position": "reordered", "logit_softcap": 30.0}),
     ],
-    ids=["llama", "llama-gqa-relu2", "gpt-dropout", "gpt-relu", "llama-kv_bias", "gpt-learned", "llama-softmax1"],
+    ids=[
+        *("llama", "llama-gqa-relu2", "gpt-dropout", "gpt-relu", "llama-kv_bias", "gpt-learned", "llama-softmax1"),
+        *("llama-dyt-peri", "gpt-post", "llama-reordered-softcap"),
+    ],
 )
 def test_the_estimate_is_what_a_forward_keeps(arch: str, model: dict[str, Any], recompute: str, precision: str) -> None:
     precision_section = {"bf16": {"enabled": True}} if precision == "bf16" else {}
     config = small_config(1, arch, {**LLAMA, **model}, parallel={"recompute": recompute}, **precision_section)
     estimate = plan(config).stages[0].activations
     assert estimate.per_micro_batch == pytest.approx(kept_for_backward(config), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("changes", "streams"),
+    [
+        ({"norm_position": "peri"}, 4 * 2),
+        ({"norm_position": "reordered"}, 0),
+        ({"norm_position": "post"}, -1),
+        ({"embedding_norm": True}, 1),
+    ],
+    ids=["peri", "reordered", "post", "embedding_norm"],
+)
+def test_a_norm_more_keeps_its_input(changes: dict[str, Any], streams: int) -> None:
+    """4 blocks; DyT keeps its input and nothing else, so that the difference is exact."""
+    plain, changed = (small_config(1, "llama", {**LLAMA, "norm": "dyt", **extra}) for extra in ({}, changes))
+    planned = [plan(config).stages[0].activations.per_micro_batch for config in (plain, changed)]
+    kept = [kept_for_backward(config) for config in (plain, changed)]
+    assert planned[1] - planned[0] == kept[1] - kept[0] == streams * plain.micro_batch * 64 * 128 * 4
 
 
 @pytest.mark.parametrize(("tensor", "sequence", "kv_heads"), [(2, False, 2), (2, True, 1)], ids=["tp2", "tp2-sp-shared-kv"])
