@@ -13,8 +13,10 @@ from megastab.config.deepspeed_keys import wrong_names
 from megastab.config.errors import UserError
 from megastab.config.optimizers import canonical_type, wrong_optimizer
 from megastab.config.refusals import REFUSED_VALUES, refused
-from megastab.config.schema import Megastab, RunConfig, Section, StabilityConfig
+from megastab.config.schema import Megastab, RunConfig
 from megastab.config.schema_errors import explain
+from megastab.config.schema_stability import StabilityConfig
+from megastab.config.section import Section
 from megastab.config.settings import read, without_nulls
 from megastab.config.source import read_source
 

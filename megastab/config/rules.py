@@ -219,6 +219,16 @@ def _qk_clip_with_norm(facts: Facts) -> str | None:
     )
 
 
+def _qk_clip_with_cap(facts: Facts) -> str | None:
+    cap = facts.megastab.model.attention_softcap
+    if facts.megastab.stability.qk_clip is None or cap is None:
+        return None
+    return (
+        f"megastab.stability.qk_clip with megastab.model.attention_softcap = {cap:g}: the cap bounds the logits already, and both would be "
+        f"paid for. Set one of them to null."
+    )
+
+
 def _one_length(facts: Facts) -> str | None:
     run = facts.megastab.run
     if run.total_steps is None and run.total_tokens is None:
@@ -261,6 +271,7 @@ RULES: tuple[Rule, ...] = (
     _dyt_section,
     _layer_norm_scaling,
     _multiplier_undone,
+    _qk_clip_with_cap,
     _qk_clip_with_norm,
     _one_length,
     _one_warmup,

@@ -22,7 +22,7 @@ from torch import nn
 
 from megastab.config.errors import UserError
 from megastab.config.library import LibraryConfig, load_library_config, load_stability
-from megastab.config.schema import StabilityConfig
+from megastab.config.schema_stability import StabilityConfig
 from megastab.config.source import read_source
 from megastab.engine.foreign_grid import grid_of
 from megastab.engine.launch import start_job

@@ -13,7 +13,8 @@ import warnings
 from pydantic import ValidationError
 
 from megastab.config.errors import UserError
-from megastab.config.schema import Section, StabilityConfig
+from megastab.config.schema_stability import StabilityConfig
+from megastab.config.section import Section
 from megastab.report.history import History
 from megastab.stability.choice import clipping_rule
 from megastab.stability.clip_rule import ClipDecision

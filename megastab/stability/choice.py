@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megastab.config.schema import StabilityConfig
+from megastab.config.schema_stability import StabilityConfig
 from megastab.stability.clip_rule import ClipRule
 from megastab.stability.fixed_clip import FixedClip
 from megastab.stability.rivals import AdaGC, AutoClip, SkipStep

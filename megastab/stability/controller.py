@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from megastab.config.schema import PolicyConfig, StabilityConfig
+from megastab.config.schema_stability import PolicyConfig, StabilityConfig
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.stability.choice import clipping_rule

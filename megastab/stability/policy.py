@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megastab.config.schema import PolicyConfig
+from megastab.config.schema_stability import PolicyConfig
 from megastab.stability.clip_rule import ClipDecision
 from megastab.stability.loss_spikes import LossSpikes
 

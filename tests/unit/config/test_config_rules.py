@@ -101,6 +101,11 @@ CASES: dict[str, Case] = {
         ("megastab.model.embedding_multiplier = 8 with megastab.model.embedding_norm", "divides the factor out", "embedding_norm to false"),
         ("megastab.model.embedding_norm=false",),
     ),
+    "_qk_clip_with_cap": Case(
+        ("megastab.stability.qk_clip={}", "megastab.model.attention_softcap=50.0"),
+        ("megastab.stability.qk_clip with", "attention_softcap = 50", "bounds the logits already"),
+        ("megastab.model.attention_softcap=null",),
+    ),
     "_qk_clip_with_norm": Case(
         ("megastab.stability.qk_clip={}", "megastab.model.qk_norm=head"),
         ("megastab.stability.qk_clip with", 'megastab.model.qk_norm = "head"', "the norm undoes that", 'megastab.model.qk_norm to "none"'),

@@ -9,7 +9,7 @@ import math
 import pytest
 
 from megastab.config.errors import UserError
-from megastab.config.schema import AdaGCConfig, AutoClipConfig, PolicyConfig, SkipStepConfig, TVRConfig, ZClipConfig
+from megastab.config.schema_stability import AdaGCConfig, AutoClipConfig, PolicyConfig, SkipStepConfig, TVRConfig, ZClipConfig
 from megastab.parallel.grid import Grid
 from megastab.stability.clip_rule import ClipDecision
 from megastab.stability.controller import Controller

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from megastab.config.schema import PolicyConfig
+from megastab.config.schema_stability import PolicyConfig
 from megastab.stability.clip_rule import ClipDecision
 from megastab.stability.loss_spikes import FEWEST, LossSpikes
 from megastab.stability.policy import Policy

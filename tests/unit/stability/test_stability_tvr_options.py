@@ -11,7 +11,7 @@ import torch
 from megastab.config.errors import UserError
 from megastab.config.library import load_stability
 from megastab.config.load import load_config
-from megastab.config.schema import TVRConfig
+from megastab.config.schema_stability import TVRConfig
 from megastab.parallel.param_info import ParamInfo, Part
 from megastab.stability import tvr as tvr_module
 from megastab.stability.tvr import BLOCK, TVR
