@@ -28,7 +28,7 @@ class LearnedSink(nn.Module):
 
     def forward(self, like: Tensor) -> Tensor:
         """[N]."""
-        return self.logit.clone()  # the parameter itself is freed after this call where it is partitioned (ZeRO-3)
+        return self.logit.clone()  # under ZeRO-3 a parameter handed out would be gathered once more, for whoever uses it
 
 
 class KVBias(nn.Module):
@@ -43,7 +43,7 @@ class KVBias(nn.Module):
 
     def forward(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(k', v'), [K, H] each."""
-        key_KH, value_KH = self.weight.clone().view(2, -1, self.head_dim)
+        key_KH, value_KH = self.weight.view(2, -1, self.head_dim)
         return key_KH, value_KH
 
 

@@ -34,6 +34,8 @@ LOW_LOSS = {"bf16": 1e-3, "fp16": 2e-4}
 LOW_NORM = {"bf16": 1e-2, "fp16": 2e-3}
 
 CLIPS_SOME = {"warmup_steps": 2, "alpha": 0.5, "z_thresh": 0.1}  # quick and jumpy, so that 8 steps hold clipped and ordinary ones
+# ZeRO-3 else keeps small parameters, and those soon used again, whole on every rank.
+RELEASED = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gqa2": {"model": {"num_kv_heads": 2}},
@@ -67,10 +69,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "learned_head_head": {"model": {"num_kv_heads": 1, "sink": "learned", "qk_norm": "head", "output_gate": "head"}},
     "kv_bias_full_element": {"model": {"num_kv_heads": 2, "sink": "kv_bias", "qk_norm": "full", "output_gate": "element"}},
     "kv_bias_documents": {"model": {"sink": "kv_bias", "attention_softcap": 0.5}, "data": {"document_mask": True}},
-    "kv_bias_released": {  # ZeRO-3 else keeps small parameters whole on every rank
-        "model": {"num_kv_heads": 2, "sink": "kv_bias", "qk_norm": "head"},
-        "ds__zero_optimization": {"stage3_param_persistence_threshold": 0},
-    },
+    "kv_bias_released": {"model": {"num_kv_heads": 2, "sink": "kv_bias", "qk_norm": "head"}, "ds__zero_optimization": RELEASED},
+    "learned_released": {"model": {"sink": "learned"}, "ds__zero_optimization": RELEASED},
     "gpt_kv_bias_head": {"model": {**GPT, "num_kv_heads": 1, "sink": "kv_bias", "qk_norm": "head", "output_gate": "element"}},
     "gpt_learned_full": {"model": {**GPT, "sink": "learned", "qk_norm": "full", "output_gate": "head"}},
     "lir": {"model__init": {"scheme": "lir"}},
@@ -163,12 +163,13 @@ FP32 = [
     *rows("scalar", TP2_PP2_SP, Z3_DP2),
     *rows("softmax1_capped", TP2, PP2, TP2_PP2_SP, Z3_DP2),
     *rows("learned_head_head", TP2, TP4_SP, PP2, TP2_PP2_SP, Z3_DP2, Layout(2, tp=2, sp=True, compile=True)),
-    *rows("kv_bias_full_element", TP2, TP4, TP4_SP, PP2, TP2_PP2_SP, Z3_DP2, Layout(4, tp=4, sp=True, zero=3)),
+    *rows("kv_bias_full_element", TP2, TP4_SP, PP2, TP2_PP2_SP, Z3_DP2, Layout(4, tp=4, sp=True, zero=3)),
     *rows("kv_bias_full_element", Layout(2, tp=2, sp=True, compile=True), Layout(2, tp=2, sp=True, recompute="selective")),
-    *rows("kv_bias_documents", TP2, TP2_PP2_SP, Z3_DP2),
-    *rows("kv_bias_released", Z3_DP2, Layout(4, tp=2, zero=3), Layout(2, zero=3, recompute="selective"), Layout(2, zero=3, compile=True)),
-    *rows("gpt_kv_bias_head", TP2, TP2_PP2_SP, Layout(4, tp=2, zero=3)),
-    *rows("gpt_learned_full", TP2, TP2_PP2_SP, Layout(2, zero=3, recompute="full")),
+    *rows("kv_bias_documents", TP2_PP2_SP, Z3_DP2),
+    *rows("kv_bias_released", Z3_DP2, Layout(2, zero=3, compile=True)),
+    *rows("learned_released", Z3_DP2),
+    *rows("gpt_kv_bias_head", TP2_PP2_SP, Layout(4, tp=2, zero=3)),
+    *rows("gpt_learned_full", TP2_PP2_SP, Layout(2, zero=3, recompute="full")),
     *rows("dyt_tied", TP2, PP2, TP2_PP2_SP, Z1_DP2, Z3_DP2, Layout(4, tp=2, sp=True, zero=2), Layout(2, tp=2, sp=True, compile=True)),
     *rows("gpt_dyt", TP2_PP2_SP, Z3_DP2),
     *rows("peri", TP2_SP, PP2, TP2_PP2_SP, Z3_DP2),
@@ -199,7 +200,7 @@ FP32 = [
     *rows("gpt_qk_clip", TP2_PP2_SP, Layout(2, zero=2, offload=True)),
     *rows("ortho", TP2, PP2, TP2_PP2_SP, DP2, Layout(4, tp=4), Z1_PP2_DP2),
     *rows("ortho_48", Z1_DP2, Z2_DP2, Z3_DP2, Layout(3, zero=3), Layout(4, tp=2, zero=3), Layout(2, zero=2, offload=True)),
-    *rows("ortho_gated", TP2_PP2_SP, Layout(4, tp=4), Layout(3, zero=3)),
+    *rows("ortho_gated", TP2_PP2_SP, Layout(3, zero=3)),
     *rows("ortho_haar", TP2_PP2, Layout(3, zero=3)),
 ]  # fmt: skip
 
@@ -217,7 +218,7 @@ LOW = [
     *rows("dropout", Layout(2, zero=1, accumulation=2), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("llama", Layout(2, tp=2, zero=1), Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="fp16"),
     *rows("softmax1_capped", Z1_DP2, dtype="bf16"),
-    *rows("learned_head_head", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z3_DP2, dtype="bf16"),
+    *rows("learned_head_head", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("kv_bias_full_element", Layout(4, tp=4, sp=True, zero=1), Z3_DP2, dtype="bf16"),
     *rows("qk_clip", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z2_DP2, dtype="bf16"),
     *rows("ortho", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z2_DP2, dtype="bf16"),
