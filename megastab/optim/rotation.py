@@ -27,6 +27,7 @@ RotationKind = Literal["hadamard", "haar", "none"]
 BLOCK_ELEMENTS = 1 << 16  # 256 KiB of fp32: few enough to stay in cache, many enough to pay for a dozen torch calls
 DENSE_ROWS = 128  # of a dense Q, which is read once a block
 BLOCK_ROWS = 256  # at most: narrow matrices are not padded to more
+COLUMNS = "|columns"  # after a matrix's name: the Q of its columns
 MAX_ODD = 64  # odd part of a Hadamard width: the Haar factor costs a dense odd x odd product a row
 
 
@@ -119,8 +120,9 @@ def rotation_of(kind: RotationKind, seed: int, name: str, width: int, device: to
     odd, power = factors(width)
     if odd > MAX_ODD:
         raise UserError(
-            f"OrthoAdam: {name} has rows of {width} = {odd} x {power}, and hadamard rotates widths of m * 2^k with m odd and at most "
-            f'{MAX_ODD}: choose rotation "haar", another width, or a max_axis below {width}, which leaves the axis as it is'
+            f"OrthoAdam: {name.removesuffix(COLUMNS)} has {'columns' if name.endswith(COLUMNS) else 'rows'} of {width} = {odd} x {power}, and "
+            f'hadamard rotates widths of m * 2^k with m odd and at most {MAX_ODD}: choose rotation "haar", another width, or a max_axis below '
+            f"{width}, which leaves the axis as it is"
         )
     signs = torch.randint(2, (width,), generator=generator).to(torch.float32) * 2 - 1
     small = min(power, 1 << round(math.log2(width) / 2))

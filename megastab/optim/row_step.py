@@ -84,19 +84,27 @@ def step_plain(views: Views, pace: Pace) -> None:
 
 def step_both(views: Views, left: Rotation | None, right: Rotation | None, pace: Pace) -> None:
     """A whole matrix, its columns rotated by ``left`` and its rows by ``right``; None leaves an axis as it is."""
-    rotated = _both(views.gradient, left, right, is_inverse=False)
-    update = adam(rotated, views.mean, views.square, pace)
-    apply(views.weights, _both(update, left, right, is_inverse=True), pace)
+    apply(views.weights, turned_update(views.gradient, views.mean, views.square, left, right, pace), pace)
+
+
+def turned_update(gradient: Tensor, mean: Tensor, square: Tensor, left: Rotation | None, right: Rotation | None, pace: Pace) -> Tensor:
+    """Move the moments of a whole matrix on; return the update before the learning rate, turned back."""
+    return _both(adam(_both(gradient, left, right, is_inverse=False), mean, square, pace), left, right, is_inverse=True)
 
 
 def _both(matrix: Tensor, left: Rotation | None, right: Rotation | None, is_inverse: bool) -> Tensor:
-    out = matrix if right is None else _all_rows(matrix, right, is_inverse)
-    return out if left is None else _all_rows(out.t(), left, is_inverse).t()
+    out = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    if left is not None:
+        _turn_rows(matrix.t(), out.t(), left, is_inverse)
+    if right is not None:
+        _turn_rows(matrix if left is None else out, out, right, is_inverse)
+    return out if left is not None or right is not None else matrix
 
 
-def _all_rows(rows: Tensor, rotation: Rotation, is_inverse: bool) -> Tensor:
+def _turn_rows(rows: Tensor, out: Tensor, rotation: Rotation, is_inverse: bool) -> None:
     turn = rotation.inverse if is_inverse else rotation.forward
-    return torch.cat([turn(rows[here], slot) for here, slot in rotation.pieces(0, rows.shape[0])])
+    for here, slot in rotation.pieces(0, rows.shape[0]):
+        out[here] = turn(rows[here], slot)
 
 
 def adam(gradient: Tensor, mean: Tensor, square: Tensor, pace: Pace) -> Tensor:
