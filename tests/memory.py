@@ -1,4 +1,4 @@
-"""Bytes that a piece of code holds at its worst, counted by the tensors it makes: what the machine's memory says depends on its allocator."""
+"""Bytes that a piece of code holds at its worst, by the tensors it makes: what the machine says depends on its allocator."""
 
 from __future__ import annotations
 

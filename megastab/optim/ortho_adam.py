@@ -115,8 +115,8 @@ class OrthoAdam(Optimizer):
             raise UserError(f"OrthoAdam: a parameter group cannot set {', '.join(other)}: they hold for the whole optimizer")
         if asked := [key for key in TORCHS_OWN if param_group.get(key)]:
             raise UserError(
-                f"OrthoAdam: a parameter group asks for {', '.join(asked)}, which is of torch's optimizers: leave it out; a built op is used "
-                "wherever there is one (docs/orthoadam.md)"
+                f"OrthoAdam: a parameter group asks for {', '.join(asked)}, which is of torch's optimizers: leave it out; a built op is "
+                "used wherever there is one (docs/orthoadam.md)"
             )
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
@@ -241,8 +241,8 @@ class OrthoAdam(Optimizer):
     def _refuse_nameless(self, parameter: nn.Parameter) -> None:
         if info_of(parameter) is None and not any(group.get("param_names") for group in self.param_groups):
             raise UserError(
-                f"OrthoAdam: {self.name_of(parameter)} {list(parameter.shape)} has no name, and its rotation is a function of the name: give "
-                "model.named_parameters(), or (name, parameter) pairs in each group, in place of the parameters alone"
+                f"OrthoAdam: {self.name_of(parameter)} {list(parameter.shape)} has no name, and its rotation is a function of the name: "
+                "give model.named_parameters(), or (name, parameter) pairs in each group, in place of the parameters alone"
             )
 
     def segment(self, parameter: nn.Parameter, info: ParamInfo, part: Part, offset: int, first: int, length: int) -> Segment:
@@ -283,7 +283,8 @@ class OrthoAdam(Optimizer):
     @property
     def rotation_bytes(self) -> int:
         """What the rotations made so far occupy on this rank."""
-        return sum(rotation.num_bytes for rotation in self._rotations.values())
+        held = {id(t): t for rotation in self._rotations.values() for t in rotation.tensors}
+        return sum(t.numel() * t.element_size() for t in held.values())
 
     def name_of(self, parameter: Tensor) -> str:
         """The name it was given, or its place."""

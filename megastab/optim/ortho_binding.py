@@ -6,6 +6,7 @@ import re
 import socket
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -24,6 +25,8 @@ from megastab.parallel.grid import Grid
 from megastab.parallel.ownership import counts_here
 from megastab.parallel.param_info import info_of
 from megastab.wrappers.adapter import Adapter, Fragment
+
+NO_CUT = "no row is cut: nothing is exchanged"
 
 
 def bind_ortho_adam(adapter: Adapter, grid: Grid) -> str:
@@ -77,7 +80,7 @@ def _refuse_shares_cut_across(client: OrthoAdam, adapter: Adapter, grid: Grid) -
     names = _cut_across(adapter, grid)
     if names and client.settings["axes"] == "both":
         raise UserError(
-            f"OrthoAdam: tensor parallelism cuts {', '.join(names)} along the last axis, and axes \"both\" puts matrices together along "
+            f'OrthoAdam: tensor parallelism cuts {", ".join(names)} along the last axis, and axes "both" puts matrices together along '
             'the first: choose axes "last", which rotates the shares, or AdamW'
         )
 
@@ -110,7 +113,7 @@ def _refuse_too_large(client: OrthoAdam, flats: list[Tensor]) -> None:
         if needed > free:
             collectives.fail_alike(
                 f'OrthoAdam: axes "both" does not fit: {name} takes {size / 1e9:.3g} GB of temporaries on a rank; with the moments '
-                f"{place} needs {needed / 1e9:.3g} GB for {len(here)} ranks and has {free / 1e9:.3g} GB: choose axes \"last\", which gathers "
+                f'{place} needs {needed / 1e9:.3g} GB for {len(here)} ranks and has {free / 1e9:.3g} GB: choose axes "last", which gathers '
                 "no matrix, or a max_axis below this matrix's first dimension, or more memory"
             )
 
@@ -154,7 +157,7 @@ def _description(client: OrthoAdam, adapter: Adapter, grid: Grid, path: str) -> 
     counts["cut rows"] = sum(cut.total for cut in cuts)
     counts["gathered"] = sum(len(plan.gathered.names) for plan in client.plans.values() if plan.gathered) if grid.tp.rank == 0 else 0
     every = collectives.gather_objects_in((counts, turned, len(cuts)), grid.model.group)
-    price = _price(client)
+    cut_bytes, *price = _price(client)
     total: Counter[str] = sum((theirs for theirs, _, _ in every), Counter())
     if not total["rotated"]:
         collectives.fail_alike(
@@ -168,25 +171,30 @@ def _description(client: OrthoAdam, adapter: Adapter, grid: Grid, path: str) -> 
         f"{total['matrices']} matrices, {share:.1f} % of the parameters, rotated ({settings['rotation']}, axes {settings['axes']}, rows of "
         f"{widths}; {made}) under {type(adapter.optimizer).__name__}, {path}; "
     )
-    said += f"{total['cut rows']} rows are cut: {exchanges} exchanges a step" if exchanges else "no row is cut: nothing is exchanged"
+    said += (
+        f"{total['cut rows']} rows are cut: {exchanges} exchanges a step, up to {cut_bytes / 1e6:.2f} MB a rank" if exchanges else NO_CUT
+    )
     said += _said_of_gathering(total["gathered"], price)
     if across := _cut_across(adapter, grid):
-        said += f"; cut along the last axis by tensor parallelism, so that shares are rotated and the run depends on tp: {', '.join(across)}"
+        said += (
+            f"; cut along the last axis by tensor parallelism, so that shares are rotated and the run depends on tp: {', '.join(across)}"
+        )
     if foreign := _residual_not_last(adapter):
         said += f"; stored with the residual axis first, so that another axis is rotated: {foreign}"
     return said
 
 
-def _price(client: OrthoAdam) -> tuple[int, int, int]:
-    """Of gathering matrices, the most on any rank of the job: exchanges a step, bytes sent a step, bytes of the largest temporary."""
+def _price(client: OrthoAdam) -> tuple[int, ...]:
+    """The most on any rank of the job: bytes for cut rows; of whole matrices, exchanges and bytes sent a step, bytes of the largest."""
     plans = list((client.plans or {}).values())
+    cut = sum(plan.cuts.num_bytes for plan in plans if plan.cuts is not None)
     gathered = [plan.gathered for plan in plans if plan.gathered is not None]
     exchanges, sent = sum(len(each.rounds) for each in gathered), sum(matrix.sent_bytes for each in gathered for matrix in each.mine)
     largest = max((size for plan in plans for size, _ in plan.temporaries), default=0)
-    return tuple(max(values) for values in zip(*collectives.gather_objects((exchanges, sent, largest)), strict=True))
+    return tuple(map(max, zip(*collectives.gather_objects((cut, exchanges, sent, largest)), strict=True)))
 
 
-def _said_of_gathering(number: int, price: tuple[int, int, int]) -> str:
+def _said_of_gathering(number: int, price: Sequence[int]) -> str:
     exchanges, sent, largest = price
     if not largest:
         return ""

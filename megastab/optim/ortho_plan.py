@@ -56,6 +56,12 @@ class CutRows:
     send_counts: list[int] = field(default_factory=list)
     receive_counts: list[int] = field(default_factory=list)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tables, and of what a step holds for them."""
+        tables = sum(t.numel() * t.element_size() for t in (self.own_flat, self.own_here, self.send, self.receive))
+        return tables + FLOAT * (4 * self.size + 3 * (self.send.numel() + self.receive.numel()))
+
     def begin(self, flat: Views) -> tuple[Tensor, Work | None]:
         """Start the exchange: [n, 3] of gradient, mean, square (collective over ``group``, also for a rank that holds no cut row)."""
         # Each gathered first: stacking the flat tensors would copy them whole.

@@ -1,4 +1,4 @@
-"""Gathering whole matrices (axes "both"): any shares, also copies of one, give the bits of one process, and memory is bounded by one matrix."""
+"""Gathering whole matrices (axes "both"): any shares, also copies, give the bits of one process; memory is bounded by one matrix."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def converted(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [("zero1", "zero1"), ("zero3", "zero3"), ("bf16", "bf16"), ("zero1", "zero2-offload")],
+    [("zero1", "zero1"), ("zero3", "zero3"), ("bf16", "bf16"), ("zero1", "zero2-offload"), ("zero1", "zero3"), ("zero3", "zero1")],
 )
 def test_moments_stay_valid_at_another_data_parallel_size_and_stage(saved: str, loaded: str, tmp_path: Path) -> None:
     straight = run_ranks(4, train, config_of(saved, 4), str(tmp_path), 0)
