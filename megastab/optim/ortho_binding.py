@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from megastab.config.errors import UserError
 from megastab.optim import row_op
@@ -41,7 +41,7 @@ def bind_ortho_adam(adapter: Adapter, grid: Grid) -> str:
     if not isinstance(client, OrthoAdam) or not client.is_rotating:
         return ""
     with collectives.together("planning OrthoAdam"):
-        _refuse_strangers(client, adapter)
+        refuse_strangers(client, adapter.engine.module)
         _refuse_shares_cut_across(client, adapter, grid)
         flats = adapter.stepped()
         segments = _segments(client, adapter, flats)
@@ -64,10 +64,14 @@ def bind_ortho_adam(adapter: Adapter, grid: Grid) -> str:
     return _description(client, adapter, grid, path)
 
 
-def _refuse_strangers(client: OrthoAdam, adapter: Adapter) -> None:
-    """A parameter outside the module lies in a partition too, where nothing tells what it is: it would never be updated."""
-    known = {id(p) for p in adapter.engine.module.parameters()}
-    for place, parameter in enumerate(client.given):
+def refuse_strangers(optimizer: Any, module: nn.Module) -> None:
+    """Before an engine is built, whose partitions nothing would tell a parameter from that is not the module's.
+
+    Raises:
+        UserError: an OrthoAdam over a parameter that has no name in ``module``.
+    """
+    known = {id(p) for p in module.parameters()}
+    for place, parameter in enumerate(optimizer.given if isinstance(optimizer, OrthoAdam) and optimizer.is_rotating else []):
         if id(parameter) not in known:
             shape = list(getattr(parameter, "ds_shape", parameter.shape))
             raise UserError(

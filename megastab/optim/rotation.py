@@ -150,8 +150,8 @@ def rotation_of(kind: RotationKind, seed: int, name: str, width: int, device: to
     if odd > MAX_ODD:
         axis = "columns" if name.endswith(COLUMNS) else "rows"
         raise UserError(
-            f"OrthoAdam: {name.removesuffix(COLUMNS)} has {axis} of {width} = {odd} x {power}, and hadamard rotates widths of m * 2^k "
-            f'with m odd and at most {MAX_ODD}: choose rotation "haar", another width, or a max_axis below {width}, which leaves the axis as it is'
+            f"OrthoAdam: {name.removesuffix(COLUMNS)} has {axis} of {width} = {odd} x {power}, and hadamard rotates widths of m * 2^k with "
+            f'm odd and at most {MAX_ODD}: choose rotation "haar", another width, or a max_axis below {width}, which leaves the axis alone'
         )
     signs = torch.randint(2, (width,), generator=generator).to(torch.float32) * 2 - 1
     small = min(power, 1 << math.floor(math.log2(width) / 2 + 0.5))  # the wider of two: products of single rows are slower
