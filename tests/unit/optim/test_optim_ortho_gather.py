@@ -12,7 +12,7 @@ import torch
 from megastab.optim.ortho_gather import holdings, plan_matrices
 from megastab.optim.ortho_plan import FlatPlan, plan_flat, spans
 from megastab.optim.ortho_segment import Segment
-from megastab.optim.rotation import BLOCK_ELEMENTS, COLUMNS, Rotation, rotation_of
+from megastab.optim.rotation import COLUMNS, Rotation, rotation_of
 from megastab.optim.row_step import Pace, Views
 from tests.memory import PeakOfTensors
 from tests.ranks import run_ranks
@@ -136,13 +136,14 @@ def memory_on_a_rank(cut: int) -> tuple[int, int]:
     gathered = plan_matrices(told[rank], rotation_for, [holdings(held) for held in told], rank, group)
     plan, length = plan_flat(told[rank], rotation_for, gathered=gathered), shares[rank][1] - shares[rank][0]
     views = Views(*(torch.zeros(length) for _ in range(4)))
+    plan.update(views, Pace(1e-2, 0.9, 0.95, 1e-8, 1))  # makes the workspaces, which are kept
     with PeakOfTensors() as counted:
-        plan.update(views, Pace(1e-2, 0.9, 0.95, 1e-8, 1))
+        plan.update(views, Pace(1e-2, 0.9, 0.95, 1e-8, 2))
     return counted.peak, max(size for size, _ in plan.temporaries)
 
 
 @pytest.mark.parametrize("cut", [1000, BIG[0] * BIG[1] // 2 + 100])
 def test_memory_is_what_is_said_and_bounded_by_the_matrix(cut: int) -> None:
-    blocks, matrix = 8 * 4 * BLOCK_ELEMENTS, 4 * BIG[0] * BIG[1]
+    matrix = 4 * BIG[0] * BIG[1]
     for peak, said in run_ranks(2, memory_on_a_rank, cut):
-        assert said <= peak <= said + blocks and said <= 6 * matrix, (peak, said)
+        assert said <= peak <= said + matrix / 50 and said <= 6 * matrix, (peak, said)

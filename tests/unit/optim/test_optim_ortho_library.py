@@ -130,7 +130,7 @@ def told(stage: int, problem: str, axes: str = "last") -> tuple[str, str]:
     from megastab.parallel import collectives
     from megastab.parallel.collectives import PeerFailed
 
-    model = llama()
+    model = nn.Linear(1001, 4) if problem == "width" else llama()
     pairs = list(model.named_parameters())
     kwargs: dict[str, Any] = {}
     if problem == "stranger":
@@ -160,6 +160,11 @@ def test_a_parameter_outside_the_module_is_refused_once(stage: int) -> None:
     (first, message), (second, _) = run_ranks(2, told, stage, "stranger")
     assert (first, second) == ("UserError", "PeerFailed")
     assert "parameter 21 [2, 8] is not in the engine's module and so has no name" in message, message
+
+
+def test_width_that_cannot_be_rotated_is_refused_once() -> None:
+    (first, message), (second, _) = run_ranks(2, told, 1, "width")
+    assert (first, second) == ("UserError", "PeerFailed") and "weight has rows of 1001 = 1001 x 1" in message, message
 
 
 def test_shares_cut_along_the_last_axis_are_named_or_refused() -> None:
