@@ -25,6 +25,7 @@ setup(
         "matplotlib",
         "mpi4py>=4.0",
         "numpy",
+        "psutil",
         "pydantic>=2.7",
         "safetensors",
         "sentencepiece>=0.2.3",  # ids as arrays

@@ -18,6 +18,7 @@ NAMES = {
     "wrappers": "ZeRO 1, 2 and 3 over a bare loop",
     "stability": "what ZClip and TVR themselves cost",
     "orthoadam": "OrthoAdam's step over AdamW's, by the built op and in pure torch",
+    "ortho_step": "the whole training step with OrthoAdam over the same with AdamW",
     "attention": "attention's sinks and soft-cap over plain causal SDPA",
     "norms": "dynamic tanh over RMSNorm, eager and compiled",
 }
@@ -25,7 +26,7 @@ NAMES = {
 
 def main() -> None:
     """Command line over ``megastab.report.bench``; a missed bound is a word in the table, never a failure."""
-    described = "\n".join(f"  {name:10}{text}" for name, text in NAMES.items())
+    described = "\n".join(f"  {name:11}{text}" for name, text in NAMES.items())
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"figures:\n{described}", formatter_class=argparse.RawDescriptionHelpFormatter
     )

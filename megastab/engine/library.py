@@ -29,7 +29,7 @@ from megastab.engine.launch import start_job
 from megastab.engine.step import complete_gradients
 from megastab.optim.groups import build_optimizer
 from megastab.optim.ortho_adam import OrthoAdam
-from megastab.optim.ortho_binding import bind_ortho_adam
+from megastab.optim.ortho_binding import bind_ortho_adam, refuse_strangers
 from megastab.parallel import collectives
 from megastab.parallel.foreign import without_role
 from megastab.parallel.grid import Grid
@@ -121,6 +121,8 @@ def initialize(
         start_job()
     if optimizer is None and loaded.optimizer is not None:
         optimizer, model_parameters = _build_optimizer(loaded.optimizer, model, model_parameters), None
+    with collectives.together("checking the optimizer"):
+        refuse_strangers(optimizer, model)
     with quiet():
         built = deepspeed.initialize(
             model=model,

@@ -24,8 +24,9 @@ from torch.optim.adamw import adamw
 
 from megastab.config.errors import UserError
 from megastab.optim import row_op
-from megastab.optim.ortho_plan import FlatPlan, Segment, plan_flat
-from megastab.optim.rotation import Rotation, RotationKind, rotation_of, true_fp32
+from megastab.optim.ortho_plan import FlatPlan, plan_flat
+from megastab.optim.ortho_segment import Segment
+from megastab.optim.rotation import COLUMNS, Rotation, RotationKind, rotation_of, true_fp32
 from megastab.optim.row_step import Pace, Views
 from megastab.parallel import collectives
 from megastab.parallel.foreign import foreign_info, role_of
@@ -35,6 +36,7 @@ Axes = Literal["last", "both"]
 FORMAT = 1  # of the moments' coordinates
 SETTINGS = ("rotation", "axes", "seed", "haar_per", "max_axis", "rotate_vectors", "ortho_format")
 """What the moments mean depends on these: they travel in every parameter group, and a checkpoint with others is refused."""
+TORCHS_OWN = ("fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad")
 
 
 class OrthoAdam(Optimizer):
@@ -44,13 +46,14 @@ class OrthoAdam(Optimizer):
     them. ``rotation="none"`` is torch's fused AdamW to the bit and needs no binding.
 
     Args:
-        params: parameters, (name, parameter) pairs or groups of either. A matrix's Q comes from its name; without names from its place.
+        params: parameters, (name, parameter) pairs or groups of either. A matrix's Q comes from its name: megastab's own parameters have
+            one, an engine's get their module's, and others must come in pairs.
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to sqrt(v), in the rotated coordinates.
         weight_decay: decoupled, on the weights in their ordinary basis.
         rotation: ``hadamard`` (fast, any width m * 2^k with m odd and at most 64), ``haar`` (dense) or ``none``.
-        axes: ``last`` rotates rows; ``both`` columns too, which needs whole matrices (one process only).
+        axes: ``last`` rotates rows; ``both`` columns too, for which every matrix that several ranks hold is gathered each step.
         seed: of the rotations.
         haar_per: ``width``: one dense Q for all rows of a length; ``parameter``: one each, of width^2 elements.
         max_axis: axes longer than this are not rotated.
@@ -59,7 +62,7 @@ class OrthoAdam(Optimizer):
         decay_by_role: leave 1-D parameters (gains, biases) out of the decay.
 
     Raises:
-        UserError: a setting out of range, or a width that cannot be rotated.
+        UserError: a setting out of range; in the first step, a width that cannot be rotated or a matrix without a name.
     """
 
     def __init__(
@@ -96,6 +99,11 @@ class OrthoAdam(Optimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, **self.settings})
 
     @property
+    def given(self) -> list[nn.Parameter]:
+        """The parameters it was built over, whatever DeepSpeed has put in their place."""
+        return list(self._own.values())
+
+    @property
     def is_rotating(self) -> bool:
         """Whether there is anything AdamW would not do."""
         return self.settings["rotation"] != "none"
@@ -105,6 +113,11 @@ class OrthoAdam(Optimizer):
         other = [key for key in SETTINGS if key in param_group and param_group[key] != self.settings[key]]
         if other:
             raise UserError(f"OrthoAdam: a parameter group cannot set {', '.join(other)}: they hold for the whole optimizer")
+        if asked := [key for key in TORCHS_OWN if param_group.get(key)]:
+            raise UserError(
+                f"OrthoAdam: a parameter group asks for {', '.join(asked)}, which is of torch's optimizers: leave it out; a built op is "
+                "used wherever there is one (docs/orthoadam.md)"
+            )
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             self._own[id(parameter)] = parameter
@@ -205,7 +218,7 @@ class OrthoAdam(Optimizer):
                 "step"
             )
         if not self._alone:
-            if collectives.world()[1] == 1 and self.settings["rotation"] == "hadamard":
+            if collectives.world()[1] == 1 and self.settings["rotation"] == "hadamard" and self.settings["axes"] == "last":
                 row_op.agree()  # of several ranks the binding asks
             self._alone = {key: self._plan_alone(held) for key, held in self._own.items()}
             if not any(plan.whole for plan in self._alone.values()):
@@ -219,9 +232,18 @@ class OrthoAdam(Optimizer):
         info, offset, segments = info_of(parameter) or foreign_info(parameter, self.name_of(parameter)), 0, []
         for part in info.parts:
             width = info.width or 1
+            if self.row_width(parameter, info, part):
+                self._refuse_nameless(parameter)
             segments.append(self.segment(parameter, info, part, offset, part.start * width, part.rows * width))
             offset += part.rows * width
         return plan_flat(segments, self.rotation_for)
+
+    def _refuse_nameless(self, parameter: nn.Parameter) -> None:
+        if info_of(parameter) is None and not any(group.get("param_names") for group in self.param_groups):
+            raise UserError(
+                f"OrthoAdam: {self.name_of(parameter)} {list(parameter.shape)} has no name, and its rotation is a function of the name: "
+                "give model.named_parameters(), or (name, parameter) pairs in each group, in place of the parameters alone"
+            )
 
     def segment(self, parameter: nn.Parameter, info: ParamInfo, part: Part, offset: int, first: int, length: int) -> Segment:
         """How elements [first, first + length) of a matrix, which lie at ``offset`` of what is stepped, are to be treated."""
@@ -231,7 +253,7 @@ class OrthoAdam(Optimizer):
         height = self.width_of(part.global_rows) if self.settings["axes"] == "both" and len(shape) == 2 else 0
         if not height:
             return plain
-        left = self.rotation_for(f"{part.name}|columns", height)
+        left = self.rotation_for(f"{part.name}{COLUMNS}", height)
         return replace(plain, width=shape[-1], left=left, turns_rows=plain.width > 0)
 
     def row_width(self, parameter: nn.Parameter, info: ParamInfo, part: Part) -> int:
@@ -261,7 +283,8 @@ class OrthoAdam(Optimizer):
     @property
     def rotation_bytes(self) -> int:
         """What the rotations made so far occupy on this rank."""
-        return sum(rotation.num_bytes for rotation in self._rotations.values())
+        held = {id(t): t for rotation in self._rotations.values() for t in rotation.tensors}
+        return sum(t.numel() * t.element_size() for t in held.values())
 
     def name_of(self, parameter: Tensor) -> str:
         """The name it was given, or its place."""

@@ -9,48 +9,20 @@ mend after a load.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from megastab.optim.ortho_gather import FLOAT, CutMatrices
+from megastab.optim.ortho_segment import RotationFor, Segment, right_of
 from megastab.optim.rotation import Rotation
 from megastab.optim.row_step import Pace, Views, step_both, step_plain, step_rows
 from megastab.parallel import collectives
 from megastab.parallel.collectives import Group, Work
 
-
-@dataclass(frozen=True)
-class Segment:
-    """Neighbouring elements of one matrix (or vector) inside a flat tensor."""
-
-    name: str
-    offset: int
-    """In the flat tensor."""
-    first: int
-    """In the whole matrix, over all ranks."""
-    length: int
-    width: int = 0
-    """Of a row; 0 for what is not rotated."""
-    decays: bool = True
-    left: Rotation | None = None
-    """Of a whole matrix whose columns are rotated too."""
-    turns_rows: bool = True
-    """Whether the rows of such a matrix are."""
-
-    @property
-    def stop(self) -> int:
-        """One past the last element, in the whole matrix."""
-        return self.first + self.length
-
-    def cut(self, first: int, stop: int) -> Segment:
-        """The part between two elements of the whole matrix."""
-        return replace(self, offset=self.offset + first - self.first, first=first, length=stop - first)
-
-
-Span = tuple[str, int, int, int]  # name, first element, one past the last, width: what other ranks need to know of a rotated segment
-RotationFor = Callable[[str, int], Rotation]
+Span = tuple[str, int, int, int]  # name, first element, one past the last, width: what other ranks need to know of rotated rows
 
 
 @dataclass(frozen=True)
@@ -84,6 +56,12 @@ class CutRows:
     send_counts: list[int] = field(default_factory=list)
     receive_counts: list[int] = field(default_factory=list)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tables, and of what a step holds for them."""
+        tables = sum(t.numel() * t.element_size() for t in (self.own_flat, self.own_here, self.send, self.receive))
+        return tables + FLOAT * (4 * self.size + 3 * (self.send.numel() + self.receive.numel()))
+
     def begin(self, flat: Views) -> tuple[Tensor, Work | None]:
         """Start the exchange: [n, 3] of gradient, mean, square (collective over ``group``, also for a rank that holds no cut row)."""
         # Each gathered first: stacking the flat tensors would copy them whole.
@@ -116,6 +94,14 @@ class FlatPlan:
     """Whole rows, and whole matrices some of whose axes are rotated."""
     plain: list[Segment]
     cuts: CutRows | None = None
+    gathered: CutMatrices | None = None
+    """Whole matrices that lie on several ranks."""
+
+    @property
+    def temporaries(self) -> list[tuple[int, Segment]]:
+        """Bytes that whole matrices take while they are stepped, one after another."""
+        alone = [(2 * FLOAT * segment.num_whole, segment) for segment, _ in self.whole if segment.left is not None]
+        return alone + [(matrix.temporary_bytes, matrix.segment) for matrix in (self.gathered.mine if self.gathered else [])]
 
     def update(self, flat: Views, pace: Pace) -> None:
         """One step, in place. What no segment covers (padding) is not touched."""
@@ -127,6 +113,8 @@ class FlatPlan:
                 step_both(rows, segment.left, rotation, paces[segment.decays])
             else:
                 step_rows(rows, rotation, segment.first // segment.width, paces[segment.decays])
+        if self.gathered is not None:
+            self.gathered.update(flat, paces)
         for segment in self.plain:
             step_plain(flat.part(slice(segment.offset, segment.offset + segment.length)), paces[segment.decays])
         if self.cuts is not None and started is not None:
@@ -134,8 +122,8 @@ class FlatPlan:
 
 
 def spans(segments: Sequence[Segment]) -> list[Span]:
-    """What to tell the other ranks of a group."""
-    return [(s.name, s.first, s.stop, s.width) for s in segments if s.width]
+    """What to tell the other ranks of a group about rows."""
+    return [(s.name, s.first, s.stop, s.width) for s in segments if s.width and s.left is None]
 
 
 def plan_flat(
@@ -145,6 +133,7 @@ def plan_flat(
     mine: int = 0,
     group: Group = None,
     device: torch.device | str = "cpu",
+    gathered: CutMatrices | None = None,
 ) -> FlatPlan:
     """Plan one flat tensor.
 
@@ -155,11 +144,13 @@ def plan_flat(
         mine: this rank's place among them.
         group: these ranks.
         device: of the flat tensor.
+        gathered: the matrices of which this rank may hold a part only; without it every matrix is whole.
     """
-    plan = FlatPlan([], [s for s in segments if not s.width])
+    plan, elsewhere = FlatPlan([], [s for s in segments if not s.width], gathered=gathered), gathered.names if gathered else ()
     for segment in segments:
         if segment.left is not None:
-            plan.whole.append((segment, rotation_for(segment.name, segment.width) if segment.turns_rows else None))
+            if segment.name not in elsewhere:
+                plan.whole.append((segment, right_of(segment, rotation_for)))
         elif segment.width:
             first, stop = -(-segment.first // segment.width) * segment.width, segment.stop // segment.width * segment.width
             if first < stop:
@@ -206,7 +197,7 @@ def _plan_cuts(
     group: Group,
     device: torch.device | str,
 ) -> CutRows:
-    held = {(s.name, row, s.width): s for s in segments if s.width for row in _broken(s.first, s.stop, s.width)}
+    held = {(s.name, row, s.width): s for s in segments if s.width and s.left is None for row in _broken(s.first, s.stop, s.width)}
     cuts, own_flat, own_here = CutRows(group, len(owners)), [], []
     send: list[list[Tensor]] = [[] for _ in range(num_ranks)]
     receive: list[list[Tensor]] = [[] for _ in range(num_ranks)]

@@ -9,6 +9,7 @@ a tensor (a test holds torch to it); torch's own fused AdamW does not.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -69,46 +70,62 @@ def step_rows(views: Views, rotation: Rotation, first_row: int, pace: Pace) -> N
         betas, rows = (pace.beta1, pace.beta2), (views.weights, views.gradient, views.mean, views.square)
         row_op.step(rows, rotation, betas, pace.eps, pace.step, pace.lr, pace.decay)
         return
+    space = _space(rotation.block_rows, rotation.width, views.gradient.device)
     for here, slot in rotation.pieces(first_row, views.gradient.shape[0]):
         at = views.part(here)
-        update = adam(rotation.forward(at.gradient, slot), at.mean, at.square, pace)
-        apply(at.weights, rotation.inverse(update, slot), pace)
+        update = adam(rotation.forward(at.gradient, slot, space), at.mean, at.square, pace, space[2, : at.gradient.shape[0]])
+        apply(at.weights, rotation.inverse(update, slot, space), pace)
 
 
 def step_plain(views: Views, pace: Pace) -> None:
     """Elements that are not rotated, 1-D."""
+    space = _space(1, CHUNK, views.gradient.device)[0, 0]
     for first in range(0, views.gradient.numel(), CHUNK):
         at = views.part(slice(first, first + CHUNK))
-        apply(at.weights, adam(at.gradient, at.mean, at.square, pace), pace)
+        apply(at.weights, adam(at.gradient, at.mean, at.square, pace, space[: at.gradient.numel()]), pace)
 
 
 def step_both(views: Views, left: Rotation | None, right: Rotation | None, pace: Pace) -> None:
     """A whole matrix, its columns rotated by ``left`` and its rows by ``right``; None leaves an axis as it is."""
-    rotated = _both(views.gradient, left, right, is_inverse=False)
-    update = adam(rotated, views.mean, views.square, pace)
-    apply(views.weights, _both(update, left, right, is_inverse=True), pace)
+    apply(views.weights, turned_update(views.gradient, views.mean, views.square, left, right, pace), pace)
+
+
+def turned_update(gradient: Tensor, mean: Tensor, square: Tensor, left: Rotation | None, right: Rotation | None, pace: Pace) -> Tensor:
+    """Move the moments of a whole matrix on; return what :func:`adam` does, turned back."""
+    return _both(adam(_both(gradient, left, right, is_inverse=False), mean, square, pace), left, right, is_inverse=True)
 
 
 def _both(matrix: Tensor, left: Rotation | None, right: Rotation | None, is_inverse: bool) -> Tensor:
-    out = matrix if right is None else _all_rows(matrix, right, is_inverse)
-    return out if left is None else _all_rows(out.t(), left, is_inverse).t()
+    out = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    if left is not None:
+        _turn_rows(matrix.t(), out.t(), left, is_inverse)
+    if right is not None:
+        _turn_rows(matrix if left is None else out, out, right, is_inverse)
+    return out if left is not None or right is not None else matrix
 
 
-def _all_rows(rows: Tensor, rotation: Rotation, is_inverse: bool) -> Tensor:
-    turn = rotation.inverse if is_inverse else rotation.forward
-    return torch.cat([turn(rows[here], slot) for here, slot in rotation.pieces(0, rows.shape[0])])
+def _turn_rows(rows: Tensor, out: Tensor, rotation: Rotation, is_inverse: bool) -> None:
+    turn, space = rotation.inverse if is_inverse else rotation.forward, _space(rotation.block_rows, rotation.width, rows.device)
+    for here, slot in rotation.pieces(0, rows.shape[0]):
+        out[here] = turn(rows[here], slot, space)
 
 
-def adam(gradient: Tensor, mean: Tensor, square: Tensor, pace: Pace) -> Tensor:
-    """Move the moments on; return the update before the learning rate, a new tensor."""
+@functools.lru_cache(maxsize=16)
+def _space(rows: int, width: int, device: torch.device) -> Tensor:
+    """Kept from step to step, one for each width: the allocator would take it from the system and give it back at every block."""
+    return torch.empty(3, rows, width, dtype=torch.float32, device=device)
+
+
+def adam(gradient: Tensor, mean: Tensor, square: Tensor, pace: Pace, out: Tensor | None = None) -> Tensor:
+    """Move the moments on; return m / (sqrt(v) + eps sqrt(1 - b2^t)), in ``out`` if given: the update but for the pace's factor."""
     mean.lerp_(gradient, 1 - pace.beta1)
     square.mul_(pace.beta2).addcmul_(gradient, gradient, value=1 - pace.beta2)
-    root = square.sqrt().mul_(pace.correction1 / pace.root_correction2).add_(pace.eps * pace.correction1)
+    root = torch.sqrt(square, out=out).add_(pace.eps * pace.root_correction2)
     return torch.div(mean, root, out=root)
 
 
 def apply(weights: Tensor, update: Tensor, pace: Pace) -> None:
-    """Decay the weights and subtract the update."""
+    """Decay the weights and subtract the update: a factor of all elements costs no pass of its own here."""
     if pace.decay:
         weights.mul_(1 - pace.lr * pace.decay)
-    weights.add_(update, alpha=-pace.lr)
+    weights.add_(update, alpha=-pace.lr * pace.root_correction2 / pace.correction1)

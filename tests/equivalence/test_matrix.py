@@ -105,6 +105,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ortho_48": {"model": {"hidden_size": 48, "ffn_hidden_size": 80, "tie_embeddings": True}},  # rows cut by partitions
     "ortho_gated": {"model": {"num_kv_heads": 2, "sink": "kv_bias", "qk_norm": "full", "output_gate": "head"}},
     "ortho_haar": {"model": {"tie_embeddings": True}, "ds__optimizer__params": {"rotation": "haar"}},
+    "ortho_both": {"model": {"num_kv_heads": 2}, "ds__optimizer__params": {"axes": "both"}},  # matrices gathered whole
 }
 # Parts of the names of models some of whose steps are clipped or skipped.
 RESCALING = ("tvr", "stable")
@@ -202,6 +203,7 @@ FP32 = [
     *rows("ortho_48", Z1_DP2, Z2_DP2, Z3_DP2, Layout(3, zero=3), Layout(4, tp=2, zero=3), Layout(2, zero=2, offload=True)),
     *rows("ortho_gated", TP2_PP2_SP, Layout(3, zero=3)),
     *rows("ortho_haar", TP2_PP2, Layout(3, zero=3)),
+    *rows("ortho_both", TP2, PP2, Layout(4, tp=4), Z1_DP2, Z3_DP2, Layout(4, tp=2, zero=3)),
 ]  # fmt: skip
 
 
@@ -223,6 +225,7 @@ LOW = [
     *rows("qk_clip", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z2_DP2, dtype="bf16"),
     *rows("ortho", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z2_DP2, dtype="bf16"),
     *rows("ortho_48", Z1_DP2, Z3_DP2, dtype="bf16"),
+    *rows("ortho_both", Z1_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("ortho_48", Z2_DP2, dtype="fp16"),
 ]  # fmt: skip
 

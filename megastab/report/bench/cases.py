@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 Contestant = Literal["ours", "bare", "both", "hugging_face", "stability"]
 Precision = Literal["bf16", "fp32"]
+Optimizer = Literal["AdamW", "OrthoAdam"]
 
 BATCH, SEQ = 8, 256
 TOKENS = BATCH * SEQ
@@ -33,6 +34,9 @@ class Spec:
     tensor: int = 1
     data: str | None = None
     """Prefix of a dataset to fetch from each step; None: random tokens made beforehand."""
+    batch: int = BATCH
+    """Sequences a step of ``ours`` and ``bare``."""
+    optimizer: Optimizer = "AdamW"
 
     def dump(self) -> str:
         """As a command-line argument."""
@@ -47,9 +51,9 @@ class Spec:
         """The one JSON of this run, as ``load_config`` takes it. The rate is constant because the bare loop's is."""
         parameters = {"lr": LEARNING_RATE, "betas": [0.9, 0.95], "weight_decay": 0.1}
         return {
-            "train_batch_size": BATCH,
+            "train_batch_size": self.batch,
             "gradient_clipping": 1.0,
-            "optimizer": {"type": "AdamW", "params": parameters},
+            "optimizer": {"type": self.optimizer, "params": parameters},
             "zero_optimization": {"stage": 0 if self.precision == "fp32" else self.zero_stage},
             "bf16": {"enabled": self.precision == "bf16"},
             "megastab": {

@@ -59,7 +59,7 @@ class Contestants:
 
     def __init__(self, spec: Spec):
         self.steps: list[Callable[[MicroBatch], float]] = []
-        batches = random_batches(SIZES[spec.size]["vocab_size"])
+        batches = random_batches(SIZES[spec.size]["vocab_size"], batch=spec.batch)
         self.fetch: Callable[[], MicroBatch] = lambda: batches[self.num_taken % len(batches)]
         self.num_taken = 0
         ours = Ours(spec.source(), spec.tensor) if spec.who != "bare" else None

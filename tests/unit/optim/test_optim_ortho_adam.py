@@ -162,7 +162,7 @@ def test_global_matmul_precision_changes_no_bit(monkeypatch: pytest.MonkeyPatch)
     for precision in ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)
         try:
-            found.append(train(OrthoAdam([nn.Parameter(weights.clone())], rotation="haar"), [grads])[0])
+            found.append(train(OrthoAdam([("w", nn.Parameter(weights.clone()))], rotation="haar"), [grads])[0])
         finally:
             torch.set_float32_matmul_precision("highest")
     assert torch.equal(*found) and set(seen) == {"ieee"}
@@ -243,18 +243,36 @@ def test_group_cannot_have_its_own_rotation() -> None:
     ("parameter", "said"),
     [
         (nn.Parameter(torch.zeros(4)), "none of 1 parameters has an axis to rotate"),
-        (nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16)), "parameter 0 is torch.bfloat16: keep fp32 masters"),
+        (nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16)), "w is torch.bfloat16: keep fp32 masters"),
         (nn.Parameter(torch.zeros(2, 1001)), "rows of 1001"),
     ],
     ids=["vector", "bf16", "width"],
 )
 def test_parameters_it_cannot_rotate_are_refused(parameter: nn.Parameter, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        train(OrthoAdam([parameter]), [[torch.zeros_like(parameter)]])
+        train(OrthoAdam([("w", parameter)]), [[torch.zeros_like(parameter)]])
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_matrix_without_a_name_is_refused(groups: bool) -> None:
+    given = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2, 4))]
+    optimizer = OrthoAdam([{"params": [given[0]]}, {"params": [given[1]]}] if groups else given)
+    with pytest.raises(UserError, match=r"parameter 1 \[2, 4\] has no name.*model.named_parameters\(\)"):
+        train(optimizer, [[torch.zeros(4)], [torch.zeros(2, 4)]])
+
+
+def test_columns_it_cannot_rotate_are_refused() -> None:
+    with pytest.raises(UserError, match="w has columns of 1001 = 1001 x 1"):
+        train(OrthoAdam([("w", nn.Parameter(torch.zeros(1001, 4)))], axes="both"), [[torch.zeros(1001, 4)]])
+
+
+def test_group_cannot_ask_for_torchs_fused_form() -> None:
+    with pytest.raises(UserError, match="asks for fused, which is of torch's optimizers"):
+        OrthoAdam([{"params": [nn.Parameter(torch.zeros(2, 4))], "fused": True}])
 
 
 def test_flat_partition_in_place_of_the_parameters_raises() -> None:
-    optimizer = OrthoAdam([nn.Parameter(torch.zeros(2, 4))])
+    optimizer = OrthoAdam([("w", nn.Parameter(torch.zeros(2, 4)))])
     flat = nn.Parameter(torch.zeros(8))
     flat.grad = torch.ones(8)
     optimizer.param_groups[0]["params"] = [flat]

@@ -118,27 +118,34 @@ def run(layout: Layout, dtype: str, params: dict[str, Any], steps: int = STEPS) 
         "launches": launches,
         "cut": sum(cut.total for cut in cuts),
         "flats": len(cuts),
+        "gathers": sum(len(plan.gathered.rounds) for plan in plans.values() if plan.gathered is not None),
         "said": job.built.groups,
         "wrapper": type(job.built.engine.optimizer).__name__,
     }
 
 
 @functools.cache
-def single(dtype: str, rotation: str = "hadamard", vectors: bool = False) -> dict[str, Whole]:
+def single(dtype: str, rotation: str = "hadamard", vectors: bool = False, axes: str = "last") -> dict[str, Whole]:
     """One process; at stage 1 in low precision, where masters are the rounded weights."""
     layout = SINGLE if dtype == "fp32" else Layout(1, zero=1)
-    (found,) = run_ranks(1, run, layout, dtype, {"rotation": rotation, "rotate_vectors": vectors})
+    (found,) = run_ranks(1, run, layout, dtype, settings_of(rotation, vectors, axes))
     return {key: jobs.merge([found[key]])[0] for key in ("weights", "exp_avg", "exp_avg_sq")}
 
 
 @functools.cache
-def ranks_of(name: str, rotation: str = "hadamard", vectors: bool = False) -> list[dict[str, Any]]:
+def ranks_of(name: str, rotation: str = "hadamard", vectors: bool = False, axes: str = "last") -> list[dict[str, Any]]:
     layout, dtype = LAYOUTS[name]
-    return run_ranks(layout.world, run, layout, dtype, {"rotation": rotation, "rotate_vectors": vectors})
+    return run_ranks(layout.world, run, layout, dtype, settings_of(rotation, vectors, axes))
 
 
-def assert_equal_to_single(name: str, rotation: str, vectors: bool = False) -> None:
-    ranks, expected = ranks_of(name, rotation, vectors), single(LAYOUTS[name][1], rotation, vectors)
+def settings_of(rotation: str, vectors: bool, axes: str) -> dict[str, Any]:
+    """With both axes the embedding's columns are too long: its rows lie in the same flat tensors as whole matrices."""
+    longest = {"max_axis": 100} if axes == "both" else {}
+    return {"rotation": rotation, "rotate_vectors": vectors, "axes": axes, **longest}
+
+
+def assert_equal_to_single(name: str, rotation: str, vectors: bool = False, axes: str = "last") -> None:
+    ranks, expected = ranks_of(name, rotation, vectors, axes), single(LAYOUTS[name][1], rotation, vectors, axes)
     for key, whole in expected.items():
         mine, drift = jobs.merge(rank[key] for rank in ranks)
         assert drift == 0.0, f"copies of one element differ by {drift} ({key})"
@@ -162,6 +169,26 @@ def test_rotated_vectors_too(name: str) -> None:
     assert_equal_to_single(name, "hadamard", vectors=True)
     if name == "zero3-dp2":
         assert all(rank["cut"] == 5 and len(rank["launches"]) == STEPS for rank in ranks_of(name, "hadamard", vectors=True)), "five gains"
+
+
+BOTH = ("dp2", "tp2-pp2-sp", "zero1-dp3", "zero2-offload", "zero3-dp3", "zero1-pp2-dp2", "zero3-tp2-dp2", "bf16-dp3", "fp16-zero2-dp2")
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_both_axes_too(name: str) -> None:
+    """Whole matrices are gathered over data- and tensor-parallel ranks; fused q, k, v are matrices of their own."""
+    assert_equal_to_single(name, "hadamard", axes="both")
+    ranks = ranks_of(name, "hadamard", axes="both")
+    assert len({len(rank["launches"]) for rank in ranks}) == 1 or LAYOUTS[name][0].pp > 1
+    assert all(rank["gathers"] for rank in ranks) == (name != "dp2")
+    assert all(len(rank["launches"]) == STEPS * (rank["gathers"] + rank["flats"]) for rank in ranks)
+    said = ranks[0]["said"]
+    assert ("and none is gathered" if name == "dp2" else "MB sent a rank and step") in said and "axes both" in said, said
+
+
+@pytest.mark.parametrize("name", ["tp2-pp2-sp", "zero3-tp2-dp2"])
+def test_both_axes_by_dense_haar_with_vectors_too(name: str) -> None:
+    assert_equal_to_single(name, "haar", vectors=True, axes="both")
 
 
 def test_each_sub_group_with_a_cut_row_exchanges_once() -> None:
@@ -245,8 +272,11 @@ def test_tied_copies_on_two_stages_stay_bit_equal() -> None:
 def attempt(layout: Layout, params: dict[str, Any]) -> tuple[str, str]:
     """On a rank: how building fails."""
     from megastab.config.errors import UserError
+    from megastab.optim import ortho_binding
     from megastab.parallel.collectives import PeerFailed
 
+    if free := params.pop("free", 0):
+        ortho_binding.available_bytes = lambda device: free
     try:
         run(layout, "fp32", params, steps=1)
     except (UserError, PeerFailed) as error:
@@ -257,12 +287,12 @@ def attempt(layout: Layout, params: dict[str, Any]) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("layout", "params", "said"),
     [
-        (Layout(2, zero=1), {"axes": "both"}, 'axes "both" needs whole matrices on every rank'),
-        (Layout(2, tp=2), {"axes": "both"}, "run at ZeRO stage 0 with tensor 1"),
+        (Layout(2, zero=3), {"axes": "both", "free": 500_000}, "[128, 48] takes 0.000123 GB of temporaries on a rank; with the moments"),
+        (Layout(2, zero=1), {"axes": "both", "free": 500_000}, "GB for 2 ranks and has 0.0005 GB"),
         (Layout(2, zero=1), {"max_axis": 2}, "OrthoAdam rotates nothing"),
         (Layout(2, tp=2), {"max_axis": 2}, "OrthoAdam rotates nothing"),
     ],
-    ids=["both-zero1", "both-tp2", "nothing-zero1", "nothing-tp2"],
+    ids=["both-zero3", "both-zero1", "nothing-zero1", "nothing-tp2"],
 )
 def test_what_cannot_be_rotated_is_refused_once(layout: Layout, params: dict[str, Any], said: str) -> None:
     (first, message), (second, _) = run_ranks(2, attempt, layout, params)

@@ -52,8 +52,8 @@ def plain_loop() -> dict[str, np.ndarray]:
     return {name.removesuffix(".weight"): p.detach().flatten().numpy().copy() for name, p in model.named_parameters()}
 
 
-def from_json(stage: int) -> dict[str, Any]:
-    """On a rank: the optimizer of the JSON."""
+def messages() -> list[str]:
+    """What megastab logs from here on."""
     import logging
 
     said: list[str] = []
@@ -62,6 +62,12 @@ def from_json(stage: int) -> dict[str, Any]:
     log = logging.getLogger("megastab")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    return said
+
+
+def from_json(stage: int) -> dict[str, Any]:
+    """On a rank: the optimizer of the JSON."""
+    said = messages()
     engine, *_ = megastab.initialize(model=llama(), config=config_of(stage, optimizer={"type": "OrthoAdam", "params": PARAMS}))
     return {"masters": train(engine), "said": [line for line in said if line.startswith("OrthoAdam")]}
 
@@ -114,3 +120,56 @@ def test_unbound_it_refuses_partitions_and_attach_binds_it(stage: int, alone: di
     ranks = run_ranks(2, attached, stage)
     assert all("call megastab.attach(engine) before the first step" in rank["refused"] for rank in ranks)
     assert_close(ranks, alone)
+
+
+def told(stage: int, problem: str, axes: str = "last") -> tuple[str, str]:
+    """On a rank: how binding ends, and what is said of the rotations."""
+    import deepspeed
+
+    from megastab.config.errors import UserError
+    from megastab.parallel import collectives
+    from megastab.parallel.collectives import PeerFailed
+
+    model = nn.Linear(1001, 4) if problem == "width" else llama()
+    pairs = list(model.named_parameters())
+    kwargs: dict[str, Any] = {}
+    if problem == "stranger":
+        pairs.append(("temperature", nn.Parameter(torch.zeros(2, 8))))
+    elif problem == "across":
+        from megastab.parallel.grid import Grid
+
+        kwargs["mpu"] = Grid.create(tensor=collectives.world()[1]).mpu()
+        cut = model.get_parameter("model.layers.0.self_attn.o_proj.weight")
+        cut.tensor_model_parallel, cut.partition_dim = True, 1  # type: ignore[attr-defined]
+    optimizer = OrthoAdam(pairs, **GIVEN, axes=axes)
+    config = {**config_of(stage), **({"train_batch_size": 4} if problem == "across" else {})}
+    said = messages()
+    try:
+        if problem == "stranger" and stage:
+            megastab.initialize(model=model, optimizer=optimizer, config=config)  # DeepSpeed itself would fail with a KeyError
+        else:
+            megastab.attach(deepspeed.initialize(model=model, optimizer=optimizer, config=config, **kwargs)[0])
+    except (UserError, PeerFailed) as error:
+        return type(error).__name__, str(error)
+    return "bound", "".join(said)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_parameter_outside_the_module_is_refused_once(stage: int) -> None:
+    """Under ZeRO it lies in a partition nobody knows: it would never be updated."""
+    (first, message), (second, _) = run_ranks(2, told, stage, "stranger")
+    assert (first, second) == ("UserError", "PeerFailed")
+    assert "parameter 21 [2, 8] is not in the engine's module and so has no name" in message, message
+
+
+def test_width_that_cannot_be_rotated_is_refused_once() -> None:
+    (first, message), (second, _) = run_ranks(2, told, 1, "width")
+    assert (first, second) == ("UserError", "PeerFailed") and "weight has rows of 1001 = 1001 x 1" in message, message
+
+
+def test_shares_cut_along_the_last_axis_are_named_or_refused() -> None:
+    """Megatron marks them; rotated by shares a run depends on tp, and put together along the first axis they would be another matrix."""
+    (kind, said), _ = run_ranks(2, told, 1, "across")
+    assert kind == "bound" and "the run depends on tp: model.layers.0.self_attn.o_proj" in said, said
+    (first, message), (second, _) = run_ranks(2, told, 1, "across", "both")
+    assert (first, second) == ("UserError", "PeerFailed") and "cuts model.layers.0.self_attn.o_proj along the last axis" in message

@@ -8,7 +8,7 @@ import torch
 from megastab.config.errors import UserError
 from megastab.optim.rotation import Rotation, factors, haar, rotation_of, true_fp32, walsh_hadamard
 
-WIDTHS = (2, 3, 16, 17, 20, 48, 64, 192, 768)
+WIDTHS = (2, 3, 16, 17, 20, 24, 48, 64, 192, 768)
 SIGNS = [1, -1, 1, 1, 1, -1, 1, -1, 1, -1, -1, 1, -1, 1, 1, 1, -1, 1, 1, 1, 1, -1, -1, 1]
 ENTRY = 0.3508136
 each = pytest.mark.parametrize("width", WIDTHS)

@@ -16,8 +16,11 @@ from torch import nn
 
 import megastab
 from tests import jobs
+from tests.layouts import Layout
+from tests.layouts import config_of as trainer_config
 from tests.ranks import run_ranks
 from tests.unit.engine.test_engine_library import masters
+from tests.unit.optim.test_optim_ortho_layouts import MODEL, moments
 
 SHAPES = [(7, 48), (48,), (20, 48), (13, 20), (2, 768), (5, 64)]
 HALF, WHOLE = 3, 6
@@ -96,3 +99,47 @@ def test_moments_stay_valid_at_another_data_parallel_size_and_stage(saved: str, 
     if saved == "zero1":
         refused = run_ranks(2, train, config_of(loaded, 2, seed=3, universal=True), str(tmp_path), HALF)
         assert all("seed 2 and not 3" in said for said in refused), "DeepSpeed overwrites the groups: the next step sees it"
+
+
+# -- beside tensor parallelism and a pipeline: the trainer's engines, the same ranks of these and others of data parallelism --------
+
+
+def states(job: jobs.Job) -> dict[str, list[jobs.Piece]]:
+    wrapper = job.built.engine.optimizer
+    client = getattr(wrapper, "optimizer", wrapper)
+    return {"weights": jobs.masters(job), **{key: moments(job, client, key) for key in ("exp_avg", "exp_avg_sq")}}
+
+
+def saved(layout: Layout, dtype: str, folder: str) -> dict[str, list[jobs.Piece]]:
+    """On a rank: what it holds when it saves after two steps."""
+    job = jobs.start(trainer_config(layout, "OrthoAdam", dtype, model=MODEL))
+    for _ in range(2):
+        job.step()
+    job.built.engine.save_checkpoint(folder, tag="half", client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
+    return states(job)
+
+
+def loaded(layout: Layout, dtype: str, folder: str) -> dict[str, list[jobs.Piece]]:
+    """On a rank: what it holds after loading."""
+    job = jobs.start(trainer_config(layout, "OrthoAdam", dtype, model=MODEL, ds__checkpoint={"load_universal": True}))
+    job.built.engine.load_checkpoint(folder, tag="half_universal")
+    return states(job)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dtype"),
+    [
+        (Layout(4, tp=2, zero=1), Layout(2, tp=2, zero=2), "fp32"),
+        (Layout(4, pp=2, zero=1, accumulation=2), Layout(2, pp=2, zero=1, accumulation=2), "fp32"),
+        (Layout(4, tp=2, zero=1), Layout(2, tp=2, zero=1), "bf16"),
+    ],
+    ids=str,
+)
+def test_every_weight_and_moment_arrives_where_it_belongs(before: Layout, after: Layout, dtype: str, tmp_path: Path) -> None:
+    kept = run_ranks(before.world, saved, before, dtype, str(tmp_path))
+    run_ranks(1, converted, tmp_path)
+    found = run_ranks(after.world, loaded, after, dtype, str(tmp_path))
+    for key in kept[0]:
+        (expected, _), (mine, drift) = (jobs.merge(rank[key] for rank in ranks) for ranks in (kept, found))
+        assert mine.keys() == expected.keys() and drift == 0.0
+        assert all(np.array_equal(mine[name], values) and np.abs(values).max() > 0 for name, values in expected.items()), key

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megastab.config.load import load_config
 from megastab.optim import row_op
-from megastab.report.bench import orthoadam_contestants
+from megastab.report.bench import ortho_step, orthoadam_contestants
+from megastab.report.bench.cases import Options, Spec
+from megastab.report.bench.jobs import Reply
 from megastab.report.bench.orthoadam import dense_rows, rows
 from megastab.report.bench.orthoadam_contestants import BETAS, DECAY, EPS, LEARNING_RATE, DenseHaar, measure, step_of, weights_of
 
@@ -66,6 +69,28 @@ def test_each_contestant_steps_by_its_own_path(monkeypatch: pytest.MonkeyPatch) 
     for who in ("op", "torch", "op"):
         step_of(who, weights_of(3, 16))()
     assert taken == [True, False, True]
+
+
+def test_whole_step_is_that_of_two_runs_alike_but_for_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Job:
+        def __init__(self, spec: Spec, threads: int):
+            self.config = load_config(spec.source())
+
+        def __enter__(self) -> Job:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def step(self) -> Reply:
+            config = self.config
+            assert config.global_batch * config.megastab.model.max_seq_len == 4096 and config.megastab.model.hidden_size == 512
+            return Reply([1.1 if config.optimizer_type == "OrthoAdam" else 1.0], cpu_seconds=[1.0])
+
+    monkeypatch.setattr(ortho_step, "Job", Job)
+    (row,) = ortho_step.ortho_step(Options())
+    assert (row.value, row.verdict) == (pytest.approx(1.1), "MISSED") and "1100 ms, AdamW 1000 ms" in row.detail
+    assert "pairwise ratios 1.100, by CPU time 1.000" in row.detail
 
 
 def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
