@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -47,7 +48,7 @@ class OrthoAdam(Optimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or groups of either. A matrix's Q comes from its name: megastab's own parameters have
-            one, an engine's get their module's, and others must come in pairs.
+            one, an engine's get their module's; of others without one it comes from their place, with a warning.
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to sqrt(v), in the rotated coordinates.
@@ -62,7 +63,7 @@ class OrthoAdam(Optimizer):
         decay_by_role: leave 1-D parameters (gains, biases) out of the decay.
 
     Raises:
-        UserError: a setting out of range; in the first step, a width that cannot be rotated or a matrix without a name.
+        UserError: a setting out of range; in the first step, a width that cannot be rotated.
     """
 
     def __init__(
@@ -220,6 +221,7 @@ class OrthoAdam(Optimizer):
         if not self._alone:
             if collectives.world()[1] == 1 and self.settings["rotation"] == "hadamard" and self.settings["axes"] == "last":
                 row_op.agree()  # of several ranks the binding asks
+            self._warn_of_places()
             self._alone = {key: self._plan_alone(held) for key, held in self._own.items()}
             if not any(plan.whole for plan in self._alone.values()):
                 raise UserError(
@@ -232,17 +234,17 @@ class OrthoAdam(Optimizer):
         info, offset, segments = info_of(parameter) or foreign_info(parameter, self.name_of(parameter)), 0, []
         for part in info.parts:
             width = info.width or 1
-            if self.row_width(parameter, info, part):
-                self._refuse_nameless(parameter)
             segments.append(self.segment(parameter, info, part, offset, part.start * width, part.rows * width))
             offset += part.rows * width
         return plan_flat(segments, self.rotation_for)
 
-    def _refuse_nameless(self, parameter: nn.Parameter) -> None:
-        if info_of(parameter) is None and not any(group.get("param_names") for group in self.param_groups):
-            raise UserError(
-                f"OrthoAdam: {self.name_of(parameter)} {list(parameter.shape)} has no name, and its rotation is a function of the name: "
-                "give model.named_parameters(), or (name, parameter) pairs in each group, in place of the parameters alone"
+    def _warn_of_places(self) -> None:
+        nameless = [p for p in self._own.values() if info_of(p) is None and p.dim() > 1]
+        if nameless and self.is_rotating and not any(group.get("param_names") for group in self.param_groups):
+            warnings.warn(
+                f"OrthoAdam: {len(nameless)} matrices have no names, so their rotations come from their places among the parameters, and a "
+                "checkpoint means nothing to another order: give model.named_parameters() to tie them to names",
+                stacklevel=4,
             )
 
     def segment(self, parameter: nn.Parameter, info: ParamInfo, part: Part, offset: int, first: int, length: int) -> Segment:

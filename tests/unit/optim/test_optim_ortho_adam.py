@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -254,11 +255,22 @@ def test_parameters_it_cannot_rotate_are_refused(parameter: nn.Parameter, said: 
 
 
 @pytest.mark.parametrize("groups", [False, True])
-def test_matrix_without_a_name_is_refused(groups: bool) -> None:
+def test_matrices_without_names_are_rotated_by_place_and_told(groups: bool) -> None:
     given = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2, 4))]
     optimizer = OrthoAdam([{"params": [given[0]]}, {"params": [given[1]]}] if groups else given)
-    with pytest.raises(UserError, match=r"parameter 1 \[2, 4\] has no name.*model.named_parameters\(\)"):
-        train(optimizer, [[torch.zeros(4)], [torch.zeros(2, 4)]])
+    for parameter in given:
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.warns(UserWarning, match=r"1 matrices have no names.*model.named_parameters\(\)"):
+        optimizer.step()
+    rotated, ordinary = given[1].detach(), given[0].detach()
+    assert torch.allclose(ordinary, torch.full((4,), -1e-3)) and not torch.allclose(rotated, torch.full((2, 4), -1e-3), rtol=1e-2)
+
+
+def test_named_matrices_and_vectors_alone_are_no_cause_for_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(OrthoAdam([("w", nn.Parameter(torch.zeros(2, 4)))]), [[torch.zeros(2, 4)]])
+        train(OrthoAdam([nn.Parameter(torch.zeros(2, 4))], rotation="none"), [[torch.zeros(2, 4)]])
 
 
 def test_columns_it_cannot_rotate_are_refused() -> None:
