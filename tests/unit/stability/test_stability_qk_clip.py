@@ -7,10 +7,18 @@ import math
 import pytest
 import torch
 
+from megastab.config.errors import UserError
+from megastab.config.library import load_stability
 from megastab.model.logit_watch import LargestLogits, largest_logit
+from megastab.parallel.grid import Grid
 from megastab.parallel.param_info import ParamInfo, Part
+from megastab.stability.controller import Controller
+from megastab.stability.events import events_of_step
+from megastab.stability.fixed_clip import FixedClip
+from megastab.stability.policy import GOOD
 from megastab.stability.qk_clip import QKClip, WatchedLayer, factors
 from megastab.wrappers.adapter import Fragment
+from tests.unit.stability.test_stability_fixed_clip import Norms
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM = 6, 4, 2, 3
 
@@ -152,3 +160,41 @@ def test_chunks_of_queries_see_all_keys_and_no_future(monkeypatch: pytest.Monkey
     for seq, length in ((7, 7), (3, 10), (1, 6)):
         q, k = torch.randn(2, seq, 1, HEAD_DIM, generator=draw), torch.randn(2, length, 1, HEAD_DIM, generator=draw)
         assert torch.allclose(largest_logit(q[:, :, 0], k[:, :, 0]), causal_logits(q, k).amax())
+
+
+# -- in the controller -----------------------------------------------------------------------------------------------------
+
+
+class NormsAndMasters(Norms):
+    """An adapter that tells norms and holds one fused master."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.parts = fused()
+
+    def fragments(self) -> list[Fragment]:
+        return fragments_of(self.weight, self.parts, [])
+
+
+def test_a_step_that_clips_is_an_event_with_its_heads_and_a_skipped_one_forgets() -> None:
+    adapter, clip = NormsAndMasters(), clip_of([5.0, 40.0, -3.0, 12.0])
+    controller = Controller(adapter, Grid(), FixedClip(0.0), qk_clip=clip)
+    adapter.tell(1.0)
+    assert adapter.edit() is True and controller.scalars() == {
+        "clip_rate": 0.0,
+        "clipped_norm": 1.0,
+        "largest_logit": 40.0,
+        "qk_clipped": 2.0,
+    }
+    record = controller.record(step=3, loss=1.0, lr=0.0, tokens=1, seconds=0.0)
+    (event,) = events_of_step(controller, record, GOOD)
+    assert event.kind == "qk_clip" and event.reason == "2 heads had a logit above 10, the largest 40 in layers.1, head 1"
+    assert event.facts["heads"] == [{"layer": 1, "head": 1, "largest": 40.0}, {"layer": 1, "head": 3, "largest": 12.0}]
+    clip.watched[0].logits._found_N = torch.full((HEADS,), 1e9)
+    adapter.tell(math.inf)
+    assert not clip.clipped and clip.watched[0].logits.take() is None and "qk_clipped" not in controller.scalars()
+
+
+def test_a_foreign_model_has_no_logits_to_tell() -> None:
+    with pytest.raises(UserError, match="qk_clip needs attention that tells its largest logits"):
+        load_stability({"megastab": {"stability": {"qk_clip": {}}}}, {}, must_have=True)
