@@ -83,3 +83,40 @@ def draw_layers(panels: Mapping[str, Mapping[str, Sequence[float]]], valid: Mapp
     losses.grid(axis="x", alpha=0.3)
     losses.set_title("validation loss of each seed", fontsize=10)
     figure.savefig(out)
+
+
+def draw_grid(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], dots: Mapping[str, Mapping[str, Sequence[float]]], dashed: str, out: Path
+) -> None:
+    """{quantity: {variant: value of each layer from 0}} above, {quantity: {variant: value of each seed}} below.
+
+    Variants are called "colour; style": those of one colour share it, and those whose style is ``dashed`` have hollow marks.
+    """
+    figure = new_figure(4.6 * max(len(panels), len(dots)), 8.2, dpi=90)
+    upper, lower = figure.subplots(2, max(len(panels), len(dots)), squeeze=False)
+    kinds = list(dict.fromkeys(variant.partition("; ")[0] for variant in next(iter(panels.values()))))
+
+    def style(variant: str) -> dict[str, str]:
+        color = COLORS[kinds.index(variant.partition("; ")[0])]
+        return {"color": color, "markerfacecolor": "white" if variant.endswith(dashed) else color}
+
+    for axes, (quantity, by_variant) in zip(upper, panels.items(), strict=True):
+        for variant, values in by_variant.items():
+            line = "o--" if variant.endswith(dashed) else "o-"
+            axes.plot(range(len(values)), values, line, markersize=4, linewidth=1.2, label=variant, **style(variant))
+        axes.set_title(quantity, fontsize=10)
+        axes.set_xlabel("block (0: embedding)", fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    handles, names = upper[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    for axes, (quantity, by_variant) in zip(lower, dots.items(), strict=True):
+        for place, (variant, values) in enumerate(by_variant.items()):
+            axes.plot(values, [place] * len(values), "o", **style(variant))
+        names = list(by_variant) if axes is lower[0] else [""] * len(by_variant)
+        axes.set_yticks(range(len(by_variant)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+        axes.locator_params(axis="x", nbins=6)
+        axes.set_title(f"{quantity}, each seed", fontsize=10)
+    figure.savefig(out)
