@@ -51,7 +51,7 @@ class Entry(NamedTuple):
     """One entry of an activation and where it stands."""
 
     value: float
-    """Signed; inf where it is not a number."""
+    """Signed."""
     sample: int
     """Global id of the sample."""
     position: int
@@ -73,7 +73,7 @@ class Summary(NamedTuple):
     @property
     def largest(self) -> float:
         """The largest magnitude."""
-        return abs(self.top[0].value) if self.top else math.nan
+        return _size(self.top[0]) if self.top else math.nan
 
     @property
     def ratio(self) -> float:
@@ -131,7 +131,11 @@ def summary(sums: Tensor, top: Iterable[Entry]) -> Summary:
 
 def largest_entries(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     """The ``TOP`` of largest magnitude; of equal ones the first in (sample, position, channel)."""
-    return tuple(sorted(entries, key=lambda e: (-abs(e.value), e.sample, e.position, e.channel))[:TOP])
+    return tuple(sorted(entries, key=lambda e: (-_size(e), e.sample, e.position, e.channel))[:TOP])
+
+
+def _size(entry: Entry) -> float:
+    return math.inf if math.isnan(entry.value) else abs(entry.value)
 
 
 def kurtosis(x_TD: Tensor) -> Tensor:

@@ -122,6 +122,46 @@ WEIGHT_STD = Tag(
 )
 BY_MATRIX: tuple[Tag, ...] = (WEIGHT_STD,)
 
+PLACES = """\
+`<place>` is `residual` (the stream after the block), `attention` or `mlp` (what they give before an output norm and dropout); layers count
+from 0. These come on the first step and every `megastab.telemetry.interval_steps`, with the largest three entries of each place, their
+sample, position, channel and token id in `telemetry.jsonl`, and a picture of layers and largest activations beside the scalars."""
+
+# Scalars of which there is one for every place in the network, on the steps `telemetry.interval_steps` names; place and layer follow the
+# tag: `residual` (after the block), `attention` and `mlp` (what they add).
+BY_PLACE: dict[str, Tag] = {
+    "activation_max": Tag(
+        "activation_max",
+        "-",
+        "largest magnitude of an activation of the first micro-batch; where it stands is in telemetry.jsonl",
+        "residual above 100 and still rising: a massive activation forms; a lower target_std (TVR), LIR or a smaller init.std keep it down",
+    ),
+    "activation_median": Tag(
+        "activation_median", "-", "median magnitude, within 0.4 %", "0: most channels are dead; a steady rise: the stream only ever grows"
+    ),
+    "activation_max_over_median": Tag(
+        "activation_max_over_median",
+        "-",
+        "largest over median magnitude",
+        "residual above 1000 with a max above 100: a massive activation, told once in events.jsonl; int8 activations will lose the rest",
+    ),
+    "activation_rms": Tag(
+        "activation_rms", "-", "root mean square over all entries", "attention or mlp far above residual: one branch overwrites the stream"
+    ),
+    "activation_kurtosis_first": Tag(
+        "activation_kurtosis_first",
+        "-",
+        "kurtosis across the channels of samples' first tokens, averaged; a Gaussian has 3, one channel alone hidden_size - 2",
+        "hundreds: one channel carries the first token, which attention then uses as a sink; sink = softmax1 or learned removes the need",
+    ),
+    "activation_kurtosis_rest": Tag(
+        "activation_kurtosis_rest",
+        "-",
+        "the same for all other tokens",
+        "far above 3 and rising: outlier channels in every token; OrthoAdam with norm = rmsnorm_scalar spreads them",
+    ),
+}
+
 
 def to_markdown() -> str:
     """The table as a page."""
@@ -135,7 +175,8 @@ def to_markdown() -> str:
     ]
     lines += [f"| `{tag.name}` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in TAGS.values()]
     lines += [f"| `{tag.name}/<matrix>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in BY_MATRIX]
-    return "\n".join(lines) + "\n"
+    lines += [f"| `{tag.name}/<place>/layers.<l>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in BY_PLACE.values()]
+    return "\n".join([*lines, "", PLACES]) + "\n"
 
 
 if __name__ == "__main__":

@@ -130,6 +130,11 @@ def test_any_cut_into_ranks_merges_to_the_whole(cuts: tuple[int, ...], rounded: 
     assert np.allclose(merged[1:], whole[1:], rtol=1e-12, atol=0)
 
 
+def test_equal_magnitudes_are_told_in_order_of_tokens() -> None:
+    found = look(torch.tensor([[5.0, -4.0, 0.0], [9.0, 4.0, 1.0]]))
+    assert [(e.value, e.position, e.channel) for e in found.top] == [(9.0, 1, 0), (5.0, 0, 0), (-4.0, 0, 1)]
+
+
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x_TD = torch.randn(50, 16, generator=torch.Generator().manual_seed(3))
     whole = look(x_TD, seq=10)
