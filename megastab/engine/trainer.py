@@ -22,7 +22,7 @@ from megastab.stability.events import events_of_step
 from megastab.stability.policy import Verdict
 from megastab.stability.record import Event, StepRecord
 from megastab.telemetry.sampler import Sample, Sampler
-from megastab.telemetry.sinks import RunFolder, by_matrix_to_monitor, by_place_to_monitor, console_line, to_monitor
+from megastab.telemetry.sinks import RunFolder, by_matrix_to_monitor, console_line, sample_to_monitor, to_monitor
 from megastab.telemetry.tags import TAGS, WEIGHT_STD
 from megastab.telemetry.throughput import peak_memory_gb, rates
 
@@ -46,7 +46,7 @@ class Trainer:
         self.engine: Any = self.built.engine
         self.stepper = Stepper(self.engine, config, grid)
         self.built.controller.read_loss = self.stepper.loss_at_norm
-        self.sampler = Sampler(config.megastab.telemetry, self.built.adapter, grid, config.megastab.model.num_layers)
+        self.sampler = Sampler(config.megastab.telemetry, self.built.controller, config.megastab.model.num_layers)
         self.flops = flops_per_token(config.megastab.model)
         self.last: StepRecord | None = None
 
@@ -151,7 +151,7 @@ class Trainer:
     def _publish_sample(self, sample: Sample) -> None:
         if self.folder.is_writer:
             self.folder.sample(sample.to_json())
-            by_place_to_monitor(self.engine.monitor, sample.step, sample.by_tag())
+            sample_to_monitor(self.engine.monitor, sample.step, sample.by_tag())
         self._tell(self.sampler.events(sample))
 
     def _tell(self, events: Sequence[Event]) -> None:

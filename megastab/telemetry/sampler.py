@@ -18,11 +18,11 @@ from megastab.config.schema_telemetry import TelemetryConfig
 from megastab.data.batches import MicroBatch
 from megastab.model.eager import eagerly
 from megastab.parallel import collectives
-from megastab.parallel.grid import Grid
+from megastab.stability.controller import Controller
 from megastab.stability.record import Event
 from megastab.telemetry.activations import ActivationWatch, Place, newly_massive
 from megastab.telemetry.moments import Entry, Summary
-from megastab.wrappers.adapter import Adapter
+from megastab.telemetry.weights import MatrixSummary, WeightWatch
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,30 @@ class Sample:
 
     step: int
     activations: dict[Place, Summary] = field(default_factory=dict)
+    weights: dict[str, MatrixSummary] = field(default_factory=dict)
+    """By canonical name."""
 
     def to_json(self) -> dict[str, Any]:
         """A line of ``telemetry.jsonl``; what JSON cannot say (inf, nan) as null."""
         line: dict[str, Any] = {"step": self.step}
         if self.activations:
             line["activations"] = [_activation(place, seen) for place, seen in self.activations.items()]
+        if self.weights:
+            named = self.weights.items()
+            line["weights"] = [{"name": name, **{k: _plain(v) for k, v in seen._asdict().items()}} for name, seen in named]
         return line
 
     def by_tag(self) -> dict[str, dict[str, float]]:
-        """Values by key of ``tags.BY_PLACE``, each by what its tag's name ends in."""
+        """Values by key of ``tags.SAMPLED``, each by what follows its tag's name."""
         values: dict[str, dict[str, float]] = {}
         for place, seen in self.activations.items():
             for key, value in _scalars(seen).items():
                 if math.isfinite(value):
                     values.setdefault(key, {})[f"{place.site}/layers.{place.layer}"] = value
+        for name, matrix in self.weights.items():
+            for key, value in matrix._asdict().items():
+                if math.isfinite(value):
+                    values.setdefault(f"matrix_{key}", {})[name] = value
         return values
 
 
@@ -75,15 +84,17 @@ class Sampler:
 
     Args:
         config: when, and at what.
-        adapter: of the engine.
-        grid: this rank's place.
+        controller: of the engine.
         num_layers: of the whole model.
     """
 
-    def __init__(self, config: TelemetryConfig, adapter: Adapter, grid: Grid, num_layers: int):
-        self.config = config
+    def __init__(self, config: TelemetryConfig, controller: Controller, num_layers: int):
+        self.config, self.controller = config, controller
+        adapter, grid = controller.adapter, controller.grid
         is_on = config.interval_steps is not None
         self.activations = ActivationWatch(adapter.engine.module, grid, num_layers) if is_on and config.activations else None
+        watch_weights = is_on and config.weights
+        self.weights = WeightWatch(adapter, grid, controller.norms, controller.tvr) if watch_weights else None
         self._step: int | None = None
         self._massive: set[int] = set()
         self._overflown: set[Place] = set()
@@ -103,6 +114,8 @@ class Sampler:
             stack.enter_context(eagerly())
             if self.activations is not None:
                 stack.enter_context(self.activations.watching(batches[0]))
+            if self.weights is not None:
+                stack.enter_context(self.weights.watching())
             yield
 
     def finish(self) -> Sample | None:
@@ -110,11 +123,13 @@ class Sampler:
         step, self._step = self._step, None
         if step is None:
             return None
-        tables = [watch.table() for watch in (self.activations,) if watch is not None]
+        tables = [watch.table() for watch in (self.activations, self.weights) if watch is not None]
         whole = torch.cat(tables)
-        collectives.sum_doubles_(whole, collectives.job_group())  # over (tp x dp x pp): a gather, each rank having its own places
+        collectives.sum_doubles_(whole, collectives.job_group())  # over (tp x dp x pp): each rank has its own places, or its own terms
         parts = iter(whole.split([len(table) for table in tables]))
-        return Sample(step, self.activations.read(next(parts)) if self.activations is not None else {})
+        activations = self.activations.read(next(parts)) if self.activations is not None else {}
+        norm = math.nan if self.controller.norm is None else self.controller.norm
+        return Sample(step, activations, self.weights.read(next(parts), norm) if self.weights is not None else {})
 
     def events(self, sample: Sample) -> list[Event]:
         """What is in ``sample`` for the first time and a person should know of."""

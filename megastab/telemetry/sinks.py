@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megastab.stability.record import Event, StepRecord
-from megastab.telemetry.tags import BY_PLACE, TAGS, Tag
+from megastab.telemetry.tags import SAMPLED, TAGS, Tag
 
 
 class RunFolder:
@@ -96,10 +96,11 @@ def by_matrix_to_monitor(monitor: Any, step: int, tag: Tag, values: Mapping[str,
         monitor.write_events([(f"{tag.name}/{name}", float(value), step) for name, value in values.items()])
 
 
-def by_place_to_monitor(monitor: Any, step: int, values: Mapping[str, Mapping[str, float]]) -> None:
-    """Send the scalars of one sampled step: by key of ``BY_PLACE``, then by place."""
-    for key, by_place in values.items():
-        by_matrix_to_monitor(monitor, step, BY_PLACE[key], by_place)
+def sample_to_monitor(monitor: Any, step: int, values: Mapping[str, Mapping[str, float]]) -> None:
+    """Send the scalars of one sampled step: by key of ``SAMPLED``, then by place or matrix."""
+    if monitor.enabled:
+        named = [(f"{SAMPLED[key].name}/{name}", value) for key, of in values.items() for name, value in of.items()]
+        monitor.write_events([(name, float(value), step) for name, value in named])
 
 
 def console_line(record: StepRecord, total_steps: int, extra: Mapping[str, float]) -> str:

@@ -124,8 +124,9 @@ BY_MATRIX: tuple[Tag, ...] = (WEIGHT_STD,)
 
 PLACES = """\
 `<place>` is `residual` (the stream after the block), `attention` or `mlp` (what they give before an output norm and dropout); layers count
-from 0. These come on the first step and every `megastab.telemetry.interval_steps`, with the largest three entries of each place, their
-sample, position, channel and token id in `telemetry.jsonl`, and a picture of layers and largest activations beside the scalars."""
+from 0. These, and the `weights/` of every matrix, come on the first step and every `megastab.telemetry.interval_steps`. `telemetry.jsonl`
+holds them too, with the three largest entries of each place: value, sample, position, channel and token id. A picture of the layers and
+their largest activations lies beside the scalars. Only the first micro-batch of a step is looked at, on every data-parallel rank."""
 
 # Scalars of which there is one for every place in the network, on the steps `telemetry.interval_steps` names; place and layer follow the
 # tag: `residual` (after the block), `attention` and `mlp` (what they add).
@@ -162,6 +163,42 @@ BY_PLACE: dict[str, Tag] = {
     ),
 }
 
+# Scalars of which there is one for every matrix on a sampled step.
+OF_MATRIX: dict[str, Tag] = {
+    "matrix_mean": Tag("weights/mean", "-", "mean of a matrix after the step", "a tenth of its std or more: the matrix adds a constant"),
+    "matrix_std": Tag(
+        "weights/std",
+        "-",
+        "standard deviation of a matrix after the step, a rescale included",
+        "a rise that does not level off: too little weight decay for the learning rate, or no TVR",
+    ),
+    "matrix_std_over_target": Tag(
+        "weights/std_over_target",
+        "-",
+        "the std over what TVR lets it be",
+        "well above 1 between TVR's looks: look more often (tvr.interval_steps), or lower the learning rate",
+    ),
+    "matrix_update_ratio": Tag(
+        "weights/update_ratio",
+        "-",
+        "size of the step's change over the weight's, decay and rescaling included (from at least 65,536 elements)",
+        "above 1e-2 after warm-up: the learning rate is too high for this matrix; below 1e-5: it hardly learns; 0: a skipped step",
+    ),
+    "matrix_gradient_norm": Tag(
+        "weights/gradient_norm",
+        "-",
+        "L2 norm of a matrix's gradient before clipping",
+        "one matrix alone rises: zclip.scope = parameter clips it alone",
+    ),
+    "matrix_gradient_share": Tag(
+        "weights/gradient_share",
+        "share",
+        "share of a matrix in the squared global norm",
+        "above 0.5 for long: one matrix decides every clip; zclip.scope = parameter clips it alone",
+    ),
+}
+SAMPLED = BY_PLACE | OF_MATRIX
+
 
 def to_markdown() -> str:
     """The table as a page."""
@@ -176,6 +213,7 @@ def to_markdown() -> str:
     lines += [f"| `{tag.name}` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in TAGS.values()]
     lines += [f"| `{tag.name}/<matrix>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in BY_MATRIX]
     lines += [f"| `{tag.name}/<place>/layers.<l>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in BY_PLACE.values()]
+    lines += [f"| `{tag.name}/<matrix>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in OF_MATRIX.values()]
     return "\n".join([*lines, "", PLACES]) + "\n"
 
 

@@ -78,7 +78,7 @@ def plant(job: jobs.Job) -> None:
 
 
 def sampler_of(job: jobs.Job, config: TelemetryConfig = EVERY_OTHER) -> Sampler:
-    return Sampler(config, job.built.adapter, job.grid, job.config.megastab.model.num_layers)
+    return Sampler(config, job.built.controller, job.config.megastab.model.num_layers)
 
 
 def sampled(job: jobs.Job, sampler: Sampler, step: int = 1) -> Sample | None:
