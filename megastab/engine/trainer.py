@@ -21,12 +21,22 @@ from megastab.parallel.grid import Grid
 from megastab.stability.events import events_of_step
 from megastab.stability.policy import Verdict
 from megastab.stability.record import Event, StepRecord
+from megastab.telemetry.pictures import figure_of_sample, image_of
 from megastab.telemetry.sampler import Sample, Sampler
-from megastab.telemetry.sinks import RunFolder, by_matrix_to_monitor, console_line, sample_to_monitor, to_monitor
+from megastab.telemetry.sinks import (
+    RunFolder,
+    by_matrix_to_monitor,
+    console_line,
+    draws_pictures,
+    picture_to_monitor,
+    sample_to_monitor,
+    to_monitor,
+)
 from megastab.telemetry.tags import TAGS, WEIGHT_STD
 from megastab.telemetry.throughput import peak_memory_gb, rates
 
 CHECKPOINTS = "checkpoints"  # in the run folder
+PICTURE = "activations"  # its name in TensorBoard
 SAID = ("warning", "skip", "loss_spike", "replay", "rewind", "massive_activation")  # events that also reach the console
 
 
@@ -151,7 +161,10 @@ class Trainer:
     def _publish_sample(self, sample: Sample) -> None:
         if self.folder.is_writer:
             self.folder.sample(sample.to_json())
-            sample_to_monitor(self.engine.monitor, sample.step, sample.by_tag())
+            monitor = self.engine.monitor
+            sample_to_monitor(monitor, sample.step, sample.by_tag())
+            if sample.activations and draws_pictures(monitor):
+                picture_to_monitor(monitor, sample.step, PICTURE, image_of(figure_of_sample(sample)))
         self._tell(self.sampler.events(sample))
 
     def _tell(self, events: Sequence[Event]) -> None:

@@ -103,6 +103,16 @@ def sample_to_monitor(monitor: Any, step: int, values: Mapping[str, Mapping[str,
         monitor.write_events([(name, float(value), step) for name, value in named])
 
 
+def draws_pictures(monitor: Any) -> bool:
+    """Whether TensorBoard is there to take a picture (on rank 0, where the JSON enables it)."""
+    return getattr(getattr(monitor, "tb_monitor", None), "summary_writer", None) is not None
+
+
+def picture_to_monitor(monitor: Any, step: int, name: str, image: Any) -> None:
+    """Send an array [height, width, 3] to TensorBoard: DeepSpeed's monitor itself takes scalars only."""
+    monitor.tb_monitor.summary_writer.add_image(name, image, step, dataformats="HWC")
+
+
 def console_line(record: StepRecord, total_steps: int, extra: Mapping[str, float]) -> str:
     """``step 20/100  loss 5.1234  norm 1.234  lr 1.0e-03  12.3k tokens/s  ...``."""
     parts = [

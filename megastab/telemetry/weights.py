@@ -2,8 +2,8 @@
 
 How far it moved is |after - before| / |before|, decay and rescaling included, over a fixed choice of at least ``KEPT_ELEMENTS`` elements of
 the matrix (all of a smaller one): every stride-th in global order, so that no layout chooses others, with a stride that shares no factor
-with the width, so that no channel is left out. Only those are kept from before the step: at most 2 x ``KEPT_ELEMENTS`` fp32 numbers
-(half a MiB) a matrix over all ranks together, and only while a sampled step runs. For n independent entries the estimate's relative error
+with the width, so that no channel is left out. Only those are kept from before the step: at most 3 x ``KEPT_ELEMENTS`` fp32 numbers
+(768 KiB) a matrix over all ranks together, and only while a sampled step runs. For n independent entries the estimate's relative error
 is about 1 / sqrt(2 n): 0.3 %.
 """
 
