@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_LAYERS, SHOWN_MATRICES = 40, 8
-PANELS = (("max", "largest magnitude"), ("max_over_median", "largest over median"), ("kurtosis_rest", "kurtosis, all but first tokens"))
+# Key, name, and a span the colours hold at least, so that they mean the same in every run.
+PANELS = (
+    ("max", "largest magnitude", 1.0, 100.0),
+    ("max_over_median", "largest over median", 10.0, 1000.0),
+    ("kurtosis_first", "kurtosis of first tokens", 1.0, 100.0),
+    ("kurtosis_rest", "kurtosis of the rest", 1.0, 100.0),
+)
 MEANING = (
     "The residual stream after each block, in the first micro-batch of each sampled step. A cross marks a massive activation: above 100 "
     "and at least 1000 times the median magnitude. A Gaussian has a kurtosis of 3. Colours are logarithmic; white is a value that was not "
@@ -39,22 +45,20 @@ def figure_of_samples(history: History) -> Figure | None:
     if not samples:
         return None
     layers = 1 + max(int(row["layer"]) for sample in samples for row in _residual(sample))
-    picture = Figure(figsize=(10, 1.0 + 2.0 * len(PANELS)), dpi=120, layout="constrained")
+    picture = Figure(figsize=(10, 1.0 + 1.8 * len(PANELS)), dpi=120, layout="constrained")
     FigureCanvasAgg(picture)
     steps = [int(sample["step"]) for sample in samples]
-    for axes, (key, name) in zip(picture.subplots(len(PANELS), 1, sharex=True), PANELS, strict=True):
+    for axes, (key, name, low, high) in zip(picture.subplots(len(PANELS), 1, sharex=True), PANELS, strict=True):
         grid = [[math.nan] * len(samples) for _ in range(layers)]
         for column, sample in enumerate(samples):
             for row in _residual(sample):
                 value = number(row.get(key))
                 grid[int(row["layer"])][column] = value if value > 0 else math.nan
                 if row.get("is_massive"):
-                    axes.plot(column, int(row["layer"]), marker="x", color="#000000", markersize=4)
+                    axes.plot(column, int(row["layer"]), marker="X", color="#FFFFFF", markeredgecolor="#000000", markersize=6)
         seen = [value for row in grid for value in row if math.isfinite(value)]
-        low, high = (min(seen), max(seen)) if seen else (1.0, 10.0)
-        drawn = axes.imshow(
-            grid, aspect="auto", origin="lower", cmap="magma_r", norm=LogNorm(low, max(high, low * 1.01)), interpolation="nearest"
-        )
+        colours = LogNorm(min([low, *seen]), max([high, *seen]))
+        drawn = axes.imshow(grid, aspect="auto", origin="lower", cmap="magma_r", norm=colours, interpolation="nearest")
         picture.colorbar(drawn, ax=axes, pad=0.01)
         axes.set_title(name, loc="left", fontsize=9)
         axes.set_ylabel("layer")
