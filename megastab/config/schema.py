@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megastab.config.schema_stability import StabilityConfig
+from megastab.config.schema_telemetry import TelemetryConfig
 from megastab.config.section import Section
 
 Arch = Literal["gpt", "llama"]
@@ -193,7 +194,7 @@ class RunConfig(Section):
     """The run itself: where, how long, how often."""
 
     dir: str = "runs/default"
-    """Run folder: config.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/."""
+    """Run folder: config.json, metrics.jsonl, events.jsonl, telemetry.jsonl, tensorboard/, checkpoints/."""
     total_steps: PositiveInt | None = None
     """Optimizer steps to attempt; give this or ``total_tokens``."""
     total_tokens: PositiveInt | None = None
@@ -234,5 +235,7 @@ class Megastab(Section):
     """The objective."""
     stability: StabilityConfig = StabilityConfig()
     """The methods that keep it stable."""
+    telemetry: TelemetryConfig = TelemetryConfig()
+    """The look inside."""
     run: RunConfig = RunConfig()
     """The run."""

@@ -6,18 +6,15 @@ Compiled code runs eagerly meanwhile, or its inner hooks would not fire: a fault
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
-
-import torch
 
 from megastab.data.batches import MicroBatch
 from megastab.engine.finite_watch import Sighting, Watch, What
 from megastab.engine.train_step import Stepper
+from megastab.model.eager import eagerly
 from megastab.parallel import collectives
 from megastab.stability.controller import Controller
 from megastab.wrappers.counters import untouched
@@ -121,21 +118,12 @@ def replay(engine: Any, stepper: Stepper, controller: Controller, batches: Seque
     """
     watch = Watch(controller.adapter, controller.grid.pp.rank)
     watch.look_at_weights()
-    with untouched(engine), _eager(), controller.rehearsal() as norms, watch:
+    with untouched(engine), eagerly(), controller.rehearsal() as norms, watch:
         stepper.train(batches)
     (norm,) = norms
     mine = watch.first
     samples = () if mine is None or mine.micro_batch is None else tuple(batches[mine.micro_batch].sample_ids.tolist())
     return _first_of(norm, collectives.gather_objects((mine, samples)))  # over all ranks: any of them may have seen it first
-
-
-@contextlib.contextmanager
-def _eager() -> Iterator[None]:
-    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and setting the stance would import the compiler
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _first_of(norm: float, seen: Sequence[tuple[Sighting | None, tuple[int, ...]]]) -> ReplayFinding:

@@ -21,12 +21,23 @@ from megastab.parallel.grid import Grid
 from megastab.stability.events import events_of_step
 from megastab.stability.policy import Verdict
 from megastab.stability.record import Event, StepRecord
-from megastab.telemetry.sinks import RunFolder, by_matrix_to_monitor, console_line, to_monitor
+from megastab.telemetry.pictures import figure_of_sample, image_of
+from megastab.telemetry.sampler import Sample, Sampler
+from megastab.telemetry.sinks import (
+    RunFolder,
+    by_matrix_to_monitor,
+    console_line,
+    draws_pictures,
+    picture_to_monitor,
+    sample_to_monitor,
+    to_monitor,
+)
 from megastab.telemetry.tags import TAGS, WEIGHT_STD
 from megastab.telemetry.throughput import peak_memory_gb, rates
 
 CHECKPOINTS = "checkpoints"  # in the run folder
-SAID = ("warning", "skip", "loss_spike", "replay", "rewind")  # events that also reach the console
+PICTURE = "activations"  # its name in TensorBoard
+SAID = ("warning", "skip", "loss_spike", "replay", "rewind", "massive_activation")  # events that also reach the console
 
 
 class Trainer:
@@ -45,6 +56,7 @@ class Trainer:
         self.engine: Any = self.built.engine
         self.stepper = Stepper(self.engine, config, grid)
         self.built.controller.read_loss = self.stepper.loss_at_norm
+        self.sampler = Sampler(config.megastab.telemetry, self.built.controller, config.megastab.model.num_layers)
         self.flops = flops_per_token(config.megastab.model)
         self.last: StepRecord | None = None
 
@@ -78,6 +90,7 @@ class Trainer:
             self.folder.event(Event(self.step, "settings", change))
             self.folder.say(f"  note: {change}")
         self.folder.drop_after(self.step)
+        self.sampler.remember(self.folder.told())
         self.folder.event(Event(self.step, "resume", f"from {self.origin}"))
         self.folder.say(f"resumed from {self.origin} at step {self.step}, {manifest.consumed} samples consumed")
 
@@ -102,9 +115,11 @@ class Trainer:
         batches = self.data.train.next_step()
         fetched = time.perf_counter()
         lr = float(self.engine.optimizer.param_groups[0]["lr"])
-        loss = self.stepper.train(batches)
+        with self.sampler.looking(self.step + 1, batches):
+            loss = self.stepper.train(batches)
         controller = self.built.controller
         controller.step_done()
+        sample = self.sampler.finish()
         seconds = time.perf_counter() - began
         self.step += 1
         tokens = self.config.tokens_per_step
@@ -113,6 +128,8 @@ class Trainer:
         extra = rates(record.tokens, seconds, self.flops, self.config.layout.world)
         extra |= {"data_seconds": fetched - began, "memory_gb": peak_memory_gb(), **controller.scalars()}
         self._publish(record, extra)
+        if sample is not None:
+            self._publish_sample(sample)
         last = self.data.train.consumed
         self._tell(events_of_step(controller, record, verdict, (last - self.config.global_batch, last - 1)))
         if controller.policy.wants_replay:
@@ -140,6 +157,15 @@ class Trainer:
             scalars = {key: value for key, value in record.to_json().items() if key in TAGS and value is not None}
             to_monitor(self.engine.monitor, record.step, {**scalars, **extra})
             by_matrix_to_monitor(self.engine.monitor, record.step, WEIGHT_STD, self.built.controller.weight_stds)
+
+    def _publish_sample(self, sample: Sample) -> None:
+        if self.folder.is_writer:
+            self.folder.sample(sample.to_json())
+            monitor = self.engine.monitor
+            sample_to_monitor(monitor, sample.step, sample.by_tag())
+            if sample.activations and draws_pictures(monitor):
+                picture_to_monitor(monitor, sample.step, PICTURE, image_of(figure_of_sample(sample)))
+        self._tell(self.sampler.events(sample))
 
     def _tell(self, events: Sequence[Event]) -> None:
         """Into events.jsonl, and what a person at the console should not miss there as well."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ class History:
     """StepRecords and the rates beside them."""
     evaluations: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of ``telemetry.jsonl``: the looks inside the model."""
 
     def column(self, key: str) -> list[float]:
         """One number a step; NaN where there is none."""
@@ -53,7 +55,7 @@ class History:
 
 
 def read_history(run_folder: str | Path) -> History:
-    """Read ``metrics.jsonl`` and ``events.jsonl``.
+    """Read ``metrics.jsonl``, ``events.jsonl`` and ``telemetry.jsonl``.
 
     Raises:
         UserError: nothing has been logged there, or it cannot be read.
@@ -64,7 +66,7 @@ def read_history(run_folder: str | Path) -> History:
     if not steps:
         raise UserError(f"{folder / 'metrics.jsonl'} holds no step: give the megastab.run.dir of a run that has taken one")
     evaluations = [line for line in lines if "valid_loss" in line]
-    return History(folder.resolve().name, steps, evaluations, _lines(folder / "events.jsonl"))
+    return History(folder.resolve().name, steps, evaluations, _lines(folder / "events.jsonl"), _lines(folder / "telemetry.jsonl"))
 
 
 def read_run_config(run_folder: str | Path) -> dict[str, Any]:

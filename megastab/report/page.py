@@ -1,7 +1,8 @@
 """A run as one HTML page that needs nothing else: no file beside it, no network, no script.
 
-What it holds, in order: one headline, what ran, the curves, what happened (worst first) and who carried it, spike scores, rescales,
-warnings and resumes, evaluations, speed. It is read from the run folder's log files alone; facts an older folder lacks are left out.
+What it holds, in order: one headline, what ran, the curves, what happened (worst first) and who carried it, spike scores, the look inside
+the model, rescales, warnings and resumes, evaluations, speed. It is read from the run folder's log files alone; facts an older folder
+lacks are left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from megastab.report.curves import figure_of
 from megastab.report.history import History, read_history, read_run_config
 from megastab.report.incident_table import what_happened
 from megastab.report.incidents import incidents_of
+from megastab.report.inside import inside
 from megastab.report.markup import STYLE, note, section, text
 
 PICTURE = (
@@ -52,6 +54,7 @@ def page_of(history: History, config: dict[str, Any], png: bytes) -> str:
         section("Curves", image, note(PICTURE)),
         what_happened(history, incidents),
         page_sections.scores(history, incidents),
+        inside(history),
         page_sections.rescales(history),
         page_sections.turns(history, incidents),
         page_sections.evaluations(history),

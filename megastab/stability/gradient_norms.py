@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
@@ -41,14 +42,19 @@ class GradientNorms:
 
     def squares(self) -> dict[str, float]:
         """Squared norm of every matrix's gradient, in units of the fp16 loss scale; inside an ``on_norm`` listener."""
+        table = self.squares_here()
+        collectives.sum_doubles_(table, collectives.job_group())  # over (tp x dp x pp): each row of each matrix was added once
+        return dict(zip(self._place, table.tolist(), strict=True))
+
+    def squares_here(self) -> Tensor:
+        """This rank's terms of them: fp64 on the CPU, in the order of ``layers``; no communication."""
         pieces = [piece for piece in self.adapter.reduced_gradients() if self._counts(piece)]
         table = torch.zeros(len(self._place), dtype=torch.float64)
         if pieces:
             norms = torch._foreach_norm(block_norms([piece.values for piece in pieces]), 2, torch.float32)
             places = torch.tensor([self._place[piece.part.name] for piece in pieces])
             table.index_add_(0, places, torch.stack(norms).cpu().double().square())
-        collectives.sum_doubles_(table, collectives.job_group())  # over (tp x dp x pp): each row of each matrix was added once
-        return dict(zip(self._place, table.tolist(), strict=True))
+        return table
 
     def by_name(self, norm: float) -> dict[str, float]:
         """Norm of every matrix's gradient, given the global one, which says what a unit is."""

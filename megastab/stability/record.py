@@ -50,8 +50,8 @@ class Event:
 
     step: int
     kind: str
-    """``clip``, ``skip``, ``norm_spike``, ``loss_spike``, ``replay``, ``rewind``, ``rescale``, ``qk_clip``, ``warning``, ``settings``,
-    ``resume`` or ``save``."""
+    """``clip``, ``skip``, ``norm_spike``, ``loss_spike``, ``replay``, ``rewind``, ``rescale``, ``qk_clip``, ``massive_activation``,
+    ``warning``, ``settings``, ``resume`` or ``save``."""
     reason: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Numbers and names beside the reason, such as ``norm``, ``z``, ``threshold``, ``top`` and ``samples``."""

@@ -138,8 +138,8 @@ class TVR:
         events, self.stds = [], {}
         for name, matrix in named_matrices.items():
             flat = matrix.detach().view(-1)
-            total, squares = _sums([flat])[0].tolist()
-            mean, std = _mean_and_std(total, squares, flat.numel())
+            total, squares = sums_of_pieces([flat])[0].tolist()
+            mean, std = mean_and_std(total, squares, flat.numel())
             self.stds[name] = std
             if self.fires(std, self.target_std):
                 events.append(RescaleEvent(name, std, self.target_std, mean))
@@ -196,11 +196,11 @@ class TVR:
         sums = torch.zeros(len(matrices), 2, dtype=torch.float64)
         place = {part.name: i for i, (_, part) in enumerate(matrices)}
         mine = [f for f in held if f.info.is_first_copy and f.part.name in place] if counts else []
-        sums.index_add_(0, torch.tensor([place[f.part.name] for f in mine], dtype=torch.long), _sums([f.master for f in mine]))
+        sums.index_add_(0, torch.tensor([place[f.part.name] for f in mine], dtype=torch.long), sums_of_pieces([f.master for f in mine]))
         collectives.sum_doubles_(sums, group)  # over (tp x dp): each row of each matrix was added once
         found = []
         for (info, part), (total, squares) in zip(matrices, sums.tolist(), strict=True):
-            mean, std = _mean_and_std(total, squares, part.global_rows * (info.width or 1))
+            mean, std = mean_and_std(total, squares, part.global_rows * (info.width or 1))
             found.append(Seen(part.name, mean, std, self.target(part.role, info.layer)))
         self.stds = {matrix.name: matrix.std for matrix in found}
         return found
@@ -221,7 +221,7 @@ class TVR:
         self.applied_steps = int(state["applied_steps"])
 
 
-def _sums(pieces: Sequence[Tensor]) -> Tensor:
+def sums_of_pieces(pieces: Sequence[Tensor]) -> Tensor:
     """(sum, sum of squares) of 1-D tensors: [len(pieces), 2] in fp64 on the CPU.
 
     Pieces lie on one device, or on two where a part of the optimizer is offloaded; each device is waited for once.
@@ -278,7 +278,7 @@ def _sums_of_rows(rows: Tensor, out: Tensor) -> None:
     torch.linalg.vector_norm(rows, dim=1, dtype=out.dtype, out=out[:, 1])
 
 
-def _mean_and_std(total: float, squares: float, count: int) -> tuple[float, float]:
+def mean_and_std(total: float, squares: float, count: int) -> tuple[float, float]:
     """Mean and unbiased standard deviation; single-pass is safe in fp64 because weights have means near 0."""
     mean = total / count
     return mean, math.sqrt(max(squares - count * mean * mean, 0.0) / max(1, count - 1))  # NaN stays NaN in this order

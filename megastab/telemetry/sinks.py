@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megastab.stability.record import Event, StepRecord
-from megastab.telemetry.tags import TAGS, Tag
+from megastab.telemetry.tags import SAMPLED, TAGS, Tag
 
 
 class RunFolder:
@@ -37,7 +37,7 @@ class RunFolder:
         """On resume, forget what was logged after the checkpoint: those steps are taken again."""
         if not self.is_writer:
             return
-        for name in ("metrics.jsonl", "events.jsonl"):
+        for name in ("metrics.jsonl", "events.jsonl", "telemetry.jsonl"):
             path = self.path / name
             if path.exists():
                 kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
@@ -54,6 +54,17 @@ class RunFolder:
     def event(self, event: Event) -> None:
         """One line of events.jsonl."""
         self._append("events.jsonl", event.to_json())
+
+    def sample(self, line: Mapping[str, Any]) -> None:
+        """One line of telemetry.jsonl."""
+        self._append("telemetry.jsonl", line)
+
+    def told(self) -> list[dict[str, Any]]:
+        """The lines of events.jsonl so far; none where this rank does not write, or the file cannot be read."""
+        path = self.path / "events.jsonl"
+        if not self.is_writer or not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < 1 << 62]
 
     def say(self, text: str) -> None:
         """One line on the console."""
@@ -83,6 +94,23 @@ def by_matrix_to_monitor(monitor: Any, step: int, tag: Tag, values: Mapping[str,
     """Send one scalar a matrix, by canonical name."""
     if monitor.enabled:
         monitor.write_events([(f"{tag.name}/{name}", float(value), step) for name, value in values.items()])
+
+
+def sample_to_monitor(monitor: Any, step: int, values: Mapping[str, Mapping[str, float]]) -> None:
+    """Send the scalars of one sampled step: by key of ``SAMPLED``, then by place or matrix."""
+    if monitor.enabled:
+        named = [(f"{SAMPLED[key].name}/{name}", value) for key, of in values.items() for name, value in of.items()]
+        monitor.write_events([(name, float(value), step) for name, value in named])
+
+
+def draws_pictures(monitor: Any) -> bool:
+    """Whether TensorBoard is there to take a picture (on rank 0, where the JSON enables it)."""
+    return getattr(getattr(monitor, "tb_monitor", None), "summary_writer", None) is not None
+
+
+def picture_to_monitor(monitor: Any, step: int, name: str, image: Any) -> None:
+    """Send an array [height, width, 3] to TensorBoard: DeepSpeed's monitor itself takes scalars only."""
+    monitor.tb_monitor.summary_writer.add_image(name, image, step, dataformats="HWC")
 
 
 def console_line(record: StepRecord, total_steps: int, extra: Mapping[str, float]) -> str:

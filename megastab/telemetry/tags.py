@@ -122,6 +122,83 @@ WEIGHT_STD = Tag(
 )
 BY_MATRIX: tuple[Tag, ...] = (WEIGHT_STD,)
 
+PLACES = """\
+`<place>` is `residual` (the stream after the block), `attention` or `mlp` (what they give before an output norm and dropout); layers count
+from 0. These, and the `weights/` of every matrix, come on the first step and every `megastab.telemetry.interval_steps`. `telemetry.jsonl`
+holds them too, with the three largest entries of each place: value, sample, position, channel and token id. A picture of the layers and
+their largest activations lies beside the scalars. Only the first micro-batch of a step is looked at, on every data-parallel rank."""
+
+# Scalars of which there is one for every place in the network, on the steps `telemetry.interval_steps` names; place and layer follow the
+# tag: `residual` (after the block), `attention` and `mlp` (what they add).
+BY_PLACE: dict[str, Tag] = {
+    "activation_max": Tag(
+        "activation_max",
+        "-",
+        "largest magnitude of an activation of the first micro-batch; where it stands is in telemetry.jsonl",
+        "residual above 100 and still rising: a massive activation forms; a lower target_std (TVR), LIR or a smaller init.std keep it down",
+    ),
+    "activation_median": Tag(
+        "activation_median", "-", "median magnitude, within 0.4 %", "0: most channels are dead; a steady rise: the stream only ever grows"
+    ),
+    "activation_max_over_median": Tag(
+        "activation_max_over_median",
+        "-",
+        "largest over median magnitude",
+        "residual above 1000 with a max above 100: a massive activation, told once in events.jsonl; int8 activations will lose the rest",
+    ),
+    "activation_rms": Tag(
+        "activation_rms", "-", "root mean square over all entries", "attention or mlp far above residual: one branch overwrites the stream"
+    ),
+    "activation_kurtosis_first": Tag(
+        "activation_kurtosis_first",
+        "-",
+        "kurtosis across the channels of samples' first tokens, averaged; a Gaussian has 3, one channel alone hidden_size - 2",
+        "hundreds: one channel carries the first token, which attention then uses as a sink; sink = softmax1 or learned removes the need",
+    ),
+    "activation_kurtosis_rest": Tag(
+        "activation_kurtosis_rest",
+        "-",
+        "the same for all other tokens",
+        "far above 3 and rising: outlier channels in every token; OrthoAdam with norm = rmsnorm_scalar spreads them",
+    ),
+}
+
+# Scalars of which there is one for every matrix on a sampled step.
+OF_MATRIX: dict[str, Tag] = {
+    "matrix_mean": Tag("weights/mean", "-", "mean of a matrix after the step", "a tenth of its std or more: the matrix adds a constant"),
+    "matrix_std": Tag(
+        "weights/std",
+        "-",
+        "standard deviation of a matrix after the step, a rescale included",
+        "a rise that does not level off: too little weight decay for the learning rate, or no TVR",
+    ),
+    "matrix_std_over_target": Tag(
+        "weights/std_over_target",
+        "-",
+        "the std over what TVR lets it be",
+        "well above 1 between TVR's looks: look more often (tvr.interval_steps), or lower the learning rate",
+    ),
+    "matrix_update_ratio": Tag(
+        "weights/update_ratio",
+        "-",
+        "size of the step's change over the weight's, decay and rescaling included (from at least 65,536 elements)",
+        "above 1e-2 after warm-up: the learning rate is too high for this matrix; below 1e-5: it hardly learns; 0: a skipped step",
+    ),
+    "matrix_gradient_norm": Tag(
+        "weights/gradient_norm",
+        "-",
+        "L2 norm of a matrix's gradient before clipping",
+        "one matrix alone rises: zclip.scope = parameter clips it alone",
+    ),
+    "matrix_gradient_share": Tag(
+        "weights/gradient_share",
+        "share",
+        "share of a matrix in the squared global norm",
+        "above 0.5 for long: one matrix decides every clip; zclip.scope = parameter clips it alone",
+    ),
+}
+SAMPLED = BY_PLACE | OF_MATRIX
+
 
 def to_markdown() -> str:
     """The table as a page."""
@@ -135,7 +212,9 @@ def to_markdown() -> str:
     ]
     lines += [f"| `{tag.name}` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in TAGS.values()]
     lines += [f"| `{tag.name}/<matrix>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in BY_MATRIX]
-    return "\n".join(lines) + "\n"
+    lines += [f"| `{tag.name}/<place>/layers.<l>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in BY_PLACE.values()]
+    lines += [f"| `{tag.name}/<matrix>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in OF_MATRIX.values()]
+    return "\n".join([*lines, "", PLACES]) + "\n"
 
 
 if __name__ == "__main__":

@@ -177,9 +177,12 @@ class Adapter(ABC):
             if gradient is not None:
                 yield parameter, gradient
 
-    def on_norm(self, listener: Callable[[float], None]) -> None:
-        """Call ``listener(norm)`` exactly once a step, when the norm is known and nothing has been clipped; inf means a bad step."""
-        self._listeners.append(listener)
+    def on_norm(self, listener: Callable[[float], None], first: bool = False) -> None:
+        """Call ``listener(norm)`` exactly once a step, when the norm is known and nothing has been clipped; inf means a bad step.
+
+        With ``first`` it is called before those that are there, which may scale gradients.
+        """
+        self._listeners.insert(0 if first else len(self._listeners), listener)
 
     def after_update(self, edit: Callable[[], bool]) -> None:
         """Call ``edit()`` when the masters are updated and not yet published; it returns whether it changed any."""

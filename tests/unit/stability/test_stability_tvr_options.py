@@ -165,7 +165,7 @@ def test_neighbours_in_memory_are_summed_at_once_to_the_same_bits(lengths: tuple
     pieces = list(flat[3:].split(lengths))
     joined = list(tvr_module._runs(pieces))
     assert len(joined) == runs and torch.equal(torch.cat(joined), flat[3:])
-    assert torch.equal(tvr_module._sums(pieces), torch.cat([tvr_module._sums([piece.clone()]) for piece in pieces]))
+    assert torch.equal(tvr_module.sums_of_pieces(pieces), torch.cat([tvr_module.sums_of_pieces([piece.clone()]) for piece in pieces]))
     backwards = list(reversed(pieces))  # neighbours, in the wrong order
     assert torch.equal(torch.cat(list(tvr_module._runs(backwards))), torch.cat(backwards))
 
@@ -183,7 +183,7 @@ def test_a_run_ends_with_its_storage_and_before_a_hole() -> None:
 @pytest.mark.parametrize("mean", [0.0, 0.02])
 def test_sums_are_those_of_doubles_at_every_length(size: int, mean: float) -> None:
     pieces = [torch.randn(n, generator=torch.Generator().manual_seed(n)) * 0.02 + mean for n in (size, 3)]
-    found = tvr_module._sums(pieces)
+    found = tvr_module.sums_of_pieces(pieces)
     wanted = torch.stack([torch.stack([p.double().sum(), p.double().square().sum()]) for p in pieces])
     # A sum around 0 cancels: it is as exact as the sum of what was added.
     assert ((found - wanted).abs()[:, 0] < 1e-6 * torch.stack([p.double().abs().sum() for p in pieces])).all()
