@@ -41,20 +41,22 @@ def draw_blocks(by_block: Lines, by_seed: Mapping[str, Mapping[str, Sequence[flo
             axes.axhline(marks[quantity], color="black", linewidth=0.8, linestyle=":")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
-    for quantity, by_cell in by_seed.items():
+    for number, (quantity, by_cell) in enumerate(by_seed.items()):
         axes = next(panels)
         for place, (cell, values) in enumerate(by_cell.items()):
             axes.plot(values, [place] * len(values), "o", **look_of(cell))
-        axes.set_yticks(range(len(by_cell)), list(by_cell), fontsize=8)
+        names = [cell.replace(", embedding", ",\nembedding") if number == 0 else "" for cell in by_cell]
+        axes.set_yticks(range(len(by_cell)), names, fontsize=8)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.locator_params(axis="x", nbins=5)
-        axes.set_title(f"{quantity}, each seed", fontsize=10)
+        axes.set_title(quantity, fontsize=10)
+        axes.set_xlabel("each seed", fontsize=8)
     figure.savefig(out)
 
 
 def look_of(cell: str) -> dict[str, str]:
     """A colour for what is changed in the model; with TVR the marks are hollow."""
-    kinds = ("baseline", "kv_bias", "dyt", "dyt, init .08")
+    kinds = ("baseline", "kv_bias", "dyt", "baseline, init .08", "dyt, init .08", "baseline, init .08, embedding x 11.3")
     color = COLORS[kinds.index("baseline" if cell == "tvr" else cell.removesuffix(" + tvr"))]
     return {"color": color, "markerfacecolor": "white" if "tvr" in cell else color}
