@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,23 @@ from typing import Any
 
 from attention_shares import uniform
 from hybrid_pictures import draw_blocks
-from small_runs import DATA, HERE, ROOT, SEQ, VOCAB, Run, cpu_minutes, markdown, mean, outcome_of, prepare_data, run_all, write_into
+from small_runs import (
+    DATA,
+    HERE,
+    ROOT,
+    SEQ,
+    VOCAB,
+    Run,
+    cpu_minutes,
+    markdown,
+    mean,
+    measured_outcome,
+    prepare_data,
+    run_all,
+    shortened,
+    valid_loss,
+    write_into,
+)
 
 from megastab.report.history import read_history
 
@@ -116,26 +131,9 @@ def massive_blocks(layers: Mapping[str, Sequence[float]]) -> tuple[int, int, int
     return sum(a for a, _ in facts), sum(b for _, b in facts), sum(a and b for a, b in facts)
 
 
-def shortened(value: Any) -> Any:
-    """Floats to five digits, for the JSON."""
-    if isinstance(value, dict):
-        return {key: shortened(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [shortened(x) for x in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def valid_loss(run: Run) -> float:
-    """At the last step; infinite where the run ended before it."""
-    values = read_history(run.folder).evaluated("valid_loss")[1]
-    return values[-1] if values else math.inf
-
-
 def facts(run: Run) -> dict[str, Any]:
     """The figures of one run."""
-    outcome = outcome_of(run)
-    if "measured" not in outcome:
-        raise SystemExit(f"{run.name} did not end well (exit {outcome['code']}): see {run.folder}.log, delete its folder, run again")
+    outcome = measured_outcome(run)
     rescaled = sum(int(x) for x in read_history(run.folder).column("rescaled"))
     costs = {"cpu_seconds": outcome["cpu_seconds"], "command": outcome["command"]}
     return {"valid_loss": valid_loss(run), "rescaled": rescaled, **outcome["measured"], **costs}

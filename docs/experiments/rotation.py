@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from pictures import draw_grid
-from small_runs import DATA, HERE, ROOT, SEQ, VOCAB, Run, cpu_minutes, markdown, mean, outcome_of, prepare_data, run_all, write_into
-
-from megastab.report.history import read_history
+from small_runs import (
+    DATA,
+    HERE,
+    ROOT,
+    SEQ,
+    VOCAB,
+    Run,
+    cpu_minutes,
+    markdown,
+    mean,
+    measured_outcome,
+    prepare_data,
+    run_all,
+    shortened,
+    valid_loss,
+    write_into,
+)
 
 RECIPE = ("megastab.model.init.std=0.08", "optimizer.params.betas=[0.9,0.95]", "optimizer.params.weight_decay=0.1")
 RATE, STEPS, WARMUP = 6e-3, 1000, 100
@@ -124,26 +137,9 @@ def at_end(fact: Mapping[str, Any]) -> Mapping[str, float]:
     return last
 
 
-def shortened(value: Any) -> Any:
-    """Floats to five digits, for the JSON."""
-    if isinstance(value, dict):
-        return {key: shortened(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [shortened(x) for x in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def valid_loss(run: Run) -> float:
-    """At the last step; infinite where the run ended before it."""
-    values = read_history(run.folder).evaluated("valid_loss")[1]
-    return values[-1] if values else math.inf
-
-
 def facts(run: Run) -> dict[str, Any]:
     """The figures of one run."""
-    outcome = outcome_of(run)
-    if "measured" not in outcome:
-        raise SystemExit(f"{run.name} did not end well (exit {outcome['code']}): see {run.folder}.log, delete its folder, run again")
+    outcome = measured_outcome(run)
     costs = {"cpu_seconds": outcome["cpu_seconds"], "command": outcome["command"]}
     return {"valid_loss": valid_loss(run), **outcome["measured"], **costs}
 

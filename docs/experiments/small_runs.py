@@ -22,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # a checkout that is not installed
 
+from megastab.report.history import read_history  # noqa: E402
+
 HERE, CONFIG = Path(__file__).resolve().parent, "docs/experiments/llama_2m.json"
 DATA, RUNS = Path("data/experiments"), Path("runs/experiments")  # relative to ROOT, where everything is run
 BATCH, SEQ, VOCAB = 4, 128, 2048  # as in CONFIG
@@ -107,6 +109,29 @@ def outcome_of(run: Run) -> dict[str, Any]:
     """What the run cost, and what was measured at its end."""
     outcome: dict[str, Any] = json.loads((run.folder / OUTCOME).read_text())
     return outcome
+
+
+def valid_loss(run: Run) -> float:
+    """At the last step; infinite where the run ended before it."""
+    values = read_history(run.folder).evaluated("valid_loss")[1]
+    return values[-1] if values else math.inf
+
+
+def measured_outcome(run: Run) -> dict[str, Any]:
+    """The outcome of a run that ended well and was looked at; otherwise the script ends and says what to do."""
+    outcome = outcome_of(run)
+    if "measured" not in outcome:
+        raise SystemExit(f"{run.name} did not end well (exit {outcome['code']}): see {run.folder}.log, delete its folder, run again")
+    return outcome
+
+
+def shortened(value: Any) -> Any:
+    """Floats to five digits, for a page's JSON."""
+    if isinstance(value, dict):
+        return {key: shortened(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [shortened(x) for x in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def cpu_minutes(prefix: str) -> float:

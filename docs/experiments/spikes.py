@@ -14,7 +14,23 @@ from typing import Any
 
 from pictures import draw_curves, draw_losses
 from poison import Kind, poison
-from small_runs import BATCH, DATA, HERE, ROOT, SEQ, VOCAB, Run, cpu_minutes, markdown, mean, outcome_of, prepare_data, run_all, write_into
+from small_runs import (
+    BATCH,
+    DATA,
+    HERE,
+    ROOT,
+    SEQ,
+    VOCAB,
+    Run,
+    cpu_minutes,
+    markdown,
+    mean,
+    outcome_of,
+    prepare_data,
+    run_all,
+    valid_loss,
+    write_into,
+)
 
 from megastab.report.history import History, read_history
 from megastab.report.spike_score import spike_score
@@ -91,12 +107,6 @@ def training_run(condition: Condition, method: str, settings: tuple[str, ...], s
             poison(ROOT / DATA / "text_train", ROOT / target, BAD_STEPS, **size)
         overrides.append(f'megastab.data.train=[[1.0,"{target}"]]')
     return Run(f"{place}/{condition.name}/{slug(method)}-seed{seed}", tuple(overrides))
-
-
-def valid_loss(run: Run) -> float:
-    """At the last step; infinite where the run ended before it."""
-    values = read_history(run.folder).evaluated("valid_loss")[1]
-    return values[-1] if values else float("inf")
 
 
 def loss_outliers(losses: Sequence[float]) -> int:
