@@ -209,6 +209,8 @@ class RunConfig(Section):
     """Steps between checkpoints; ``null``: only at the end."""
     keep_last: PositiveInt | None = None
     """Checkpoints to keep; ``null`` keeps all."""
+    keep_every: PositiveInt | None = None
+    """Steps; checkpoints at multiples of this are kept for ever, whatever ``keep_last`` says."""
     resume: str = "auto"
     """``auto``: the newest checkpoint of ``dir`` if there is one; ``none``: start anew (an earlier run in ``dir`` is moved aside); else
     the path of a checkpoints folder."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from megastab.checkpoint import store
 from megastab.checkpoint.manifest import Manifest
+from megastab.checkpoint.writing import NotSaved
 from megastab.config.config import Config
 from megastab.data.training import TrainingData
 from megastab.engine.build import Built, build
@@ -49,8 +50,8 @@ class Trainer:
         self.step = 0
         # Before anything is built or written: a checkpoint that does not fit must leave its folder as it is.
         wanted = Manifest.of(config, 0, 0, data.tokenizer)
-        with collectives.together("looking for a checkpoint"):
-            self.origin = store.find(run.resume, Path(run.dir) / CHECKPOINTS, wanted)
+        self.damaged: list[str] = []
+        self.origin = store.find(run.resume, Path(run.dir) / CHECKPOINTS, wanted, self.damaged.append)
         self.folder = RunFolder(run.dir, is_writer=collectives.world()[0] == 0, is_new=run.resume == "none")
         self.built: Built = build(config, grid)
         self.engine: Any = self.built.engine
@@ -84,14 +85,18 @@ class Trainer:
         """Go on from the checkpoint the config names, if there is one (collective over the job)."""
         if self.origin is None:
             return
-        manifest = store.load(self.engine, self.origin)
+        manifest = store.load(self.built.adapter, self.origin)
         self.step, self.data.train.consumed = manifest.step, manifest.consumed
         for change in self.built.controller.load_state_dict(manifest.stability):
             self.folder.event(Event(self.step, "settings", change))
             self.folder.say(f"  note: {change}")
         self.folder.drop_after(self.step)
         self.sampler.remember(self.folder.told())
-        self.folder.event(Event(self.step, "resume", f"from {self.origin}"))
+        self._tell([Event(self.step, "warning", said) for said in self.damaged])
+        change = manifest.change_of_shape(self.manifest())
+        self.folder.event(Event(self.step, "resume", f"from {self.origin}{f' in another shape: {change}' if change else ''}"))
+        if change:
+            self.folder.say(f"  the checkpoint has another shape: {change}")
         self.folder.say(f"resumed from {self.origin} at step {self.step}, {manifest.consumed} samples consumed")
 
     def train(self) -> None:
@@ -193,6 +198,13 @@ class Trainer:
         return loss
 
     def save(self) -> None:
-        """One checkpoint (collective over the job)."""
-        where = store.save(self.engine, self.grid, self.folder.path / CHECKPOINTS, self.manifest(), self.config.megastab.run.keep_last)
-        self.folder.event(Event(self.step, "save", str(where)))
+        """One checkpoint (collective over the job). Where it cannot be written the run says so and goes on."""
+        run = self.config.megastab.run
+        try:
+            where = store.save(
+                self.built.adapter, self.grid, self.folder.path / CHECKPOINTS, self.manifest(), run.keep_last, run.keep_every
+            )
+        except NotSaved as error:
+            self._tell([Event(self.step, "warning", str(error))])
+        else:
+            self.folder.event(Event(self.step, "save", str(where)))
