@@ -22,7 +22,7 @@ from megastab.parallel.grid import Grid
 from megastab.stability.events import events_of_step
 from megastab.stability.policy import Verdict
 from megastab.stability.record import Event, StepRecord
-from megastab.telemetry.pictures import figure_of_sample, image_of
+from megastab.telemetry.pictures import figure_of_heads, figure_of_sample, image_of
 from megastab.telemetry.sampler import Sample, Sampler
 from megastab.telemetry.sinks import (
     RunFolder,
@@ -37,7 +37,7 @@ from megastab.telemetry.tags import TAGS, WEIGHT_STD
 from megastab.telemetry.throughput import peak_memory_gb, rates
 
 CHECKPOINTS = "checkpoints"  # in the run folder
-PICTURE = "activations"  # its name in TensorBoard
+PICTURE, HEADS_PICTURE = "activations", "attention_heads"  # their names in TensorBoard
 SAID = ("warning", "skip", "loss_spike", "replay", "rewind", "massive_activation")  # events that also reach the console
 
 
@@ -170,6 +170,8 @@ class Trainer:
             sample_to_monitor(monitor, sample.step, sample.by_tag())
             if sample.activations and draws_pictures(monitor):
                 picture_to_monitor(monitor, sample.step, PICTURE, image_of(figure_of_sample(sample)))
+            if sample.attention and draws_pictures(monitor):
+                picture_to_monitor(monitor, sample.step, HEADS_PICTURE, image_of(figure_of_heads(sample)))
         self._tell(self.sampler.events(sample))
 
     def _tell(self, events: Sequence[Event]) -> None:
