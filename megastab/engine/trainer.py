@@ -53,7 +53,7 @@ class Trainer:
         self.damaged: list[str] = []
         self.origin = store.find(run.resume, Path(run.dir) / CHECKPOINTS, wanted, self.damaged.append)
         self.folder = RunFolder(run.dir, is_writer=collectives.world()[0] == 0, is_new=run.resume == "none")
-        self.built: Built = build(config, grid)
+        self.built: Built = build(config, grid, is_new=self.origin is None)
         self.engine: Any = self.built.engine
         self.stepper = Stepper(self.engine, config, grid)
         self.built.controller.read_loss = self.stepper.loss_at_norm
@@ -73,6 +73,8 @@ class Trainer:
         for completion in config.completions:
             self.folder.say(f"  set {completion.key} = {completion.value}: {completion.reason}")
         self.folder.say(f"  decay: {self.built.groups}")
+        if self.origin is None and config.megastab.run.init_from is not None:
+            self.folder.say(f"  weights from {config.megastab.run.init_from}; optimizer, schedule and data start anew")
         if config.warmup_steps > config.total_steps:
             self.folder.say(f"  note: the warm-up of {config.warmup_steps} steps outlasts the run of {config.total_steps}")
 

@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.logits: LargestLogits | None = None  # set where QK-clip is on
         self.look: Look | None = None  # set while telemetry looks
-        self.theta = config.rope_theta if config.arch == "llama" else None
+        self.theta, self.rope_scaling = (config.rope_theta if config.arch == "llama" else None), config.rope_scaling
         self.head_dim = config.head_dim
         self.copies = kv_copies(config.num_kv_heads, tp.size)
         self.num_heads = config.num_heads // tp.size
@@ -90,7 +90,8 @@ class Attention(nn.Module):
         fused = [x.view(context.batch, context.seq, -1, self.head_dim) for x in projected]
         table = None
         if self.theta is not None:
-            table = rope_table(context.seq, self.head_dim, self.theta, projected[0].device, context.first_position)
+            device = projected[0].device
+            table = rope_table(context.seq, self.head_dim, self.theta, device, context.first_position, self.rope_scaling)
         if table is not None and self.q_norm is None:
             return tuple(run for x, (heads, turned) in zip(fused, runs, strict=True) for run in rotate_split(x, table, heads, turned))
         q_BSNH, k_BSKH, v_BSKH = (run for x, (heads, _) in zip(fused, runs, strict=True) for run in x.split(heads, dim=2))
