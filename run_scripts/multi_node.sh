@@ -34,4 +34,6 @@ trap 'rm -f "$DS_ENV_FILE"' EXIT
     cat ~/.deepspeed_env .deepspeed_env 2> /dev/null || true
     env | grep -E '^(NCCL_|GLOO_|OMP_|MEGASTAB_|DS_ACCELERATOR=|CUDA_DEVICE_MAX_CONNECTIONS=)' || true
 } > "$DS_ENV_FILE"
+# An ssh whose host is gone ends within half a minute, and pdsh with it.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 "${launch[@]}" "${job[@]}"

@@ -14,14 +14,19 @@ def own_address() -> str:
     return next((address for _, address in _addresses() if not address.startswith(LOOPBACK)), "127.0.0.1")
 
 
-def interface_towards(host: str) -> str | None:
-    """Name of the interface from which packets to ``host`` leave; None where the name or the route is not known."""
+def address_towards(host: str) -> str | None:
+    """The address packets to ``host`` leave from; None where the name or the route is not known."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # sends nothing: the kernel only chooses the route
-            mine = probe.getsockname()[0]
+            return str(probe.getsockname()[0])
     except OSError:
         return None
+
+
+def interface_towards(host: str) -> str | None:
+    """Name of the interface that has that address."""
+    mine = address_towards(host)
     return next((name for name, address in _addresses() if address == mine), None)
 
 
