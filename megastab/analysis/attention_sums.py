@@ -26,8 +26,8 @@ def uniform_first_mass(seq: int, has_sink: bool = False) -> float:
 class AttentionSums:
     """Sums over windows, fp64 on the CPU. Letters: L layers, Q heads, S positions, C corner of a map."""
 
-    def __init__(self, num_layers: int, heads: int, seq: int):
-        self.seq, self.num_windows = seq, 0
+    def __init__(self, num_layers: int, heads: int, seq: int, has_sink: bool = False):
+        self.seq, self.num_windows, self.has_sink = seq, 0, has_sink
         self.first_mass_LQ, self.first_wins_LQ, self.sink_LQ, self.entropy_LQ = torch.zeros(4, num_layers, heads, dtype=torch.float64)
         self.columns_LQS = torch.zeros(num_layers, heads, seq, dtype=torch.float64)
         corner = min(seq, CORNER)
@@ -61,17 +61,12 @@ class AttentionSums:
             total /= self.num_windows
         return self
 
-    @property
-    def has_sink(self) -> bool:
-        """Whether some weight lies on no key; rounding leaves 1e-6 in fp32 and 1e-2 in bf16 maps, a sink more than that."""
-        return bool(self.sink_LQ.mean() > 0.02)
-
 
 def attention_means(subject: Subject, windows_NS: Tensor, batch: int = 1, label: str = "attention") -> AttentionSums:
     """Means over windows of what attention does in every layer and head."""
     if windows_NS.shape[1] < 2:
         raise UserError("windows of one token have nothing to attend to; raise --seq-len to 2 or more")
-    sums = AttentionSums(len(subject.blocks), subject.heads, windows_NS.shape[1])
+    sums = AttentionSums(len(subject.blocks), subject.heads, windows_NS.shape[1], subject.has_sink)
     with subject.watch_maps(sums.see):
         for window_BS in batches(windows_NS, batch, label):
             subject.run(window_BS)

@@ -50,6 +50,7 @@ def subject_of(model: nn.Module, name: str, names: Names | None = None) -> Subje
         stream=lambda tokens_BS: model.base_model(input_ids=tokens_BS, use_cache=False),  # type: ignore[operator]
         find=lambda part: [_part(block, part, names) for block in blocks],
         find_linears=partial(_linears, blocks_name, blocks),
+        has_sink=any(hasattr(module, "sinks") for module in model.modules()),  # gpt-oss
         maps_of=lambda _module, _inputs, output: _maps(output),
     )
 

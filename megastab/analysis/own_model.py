@@ -52,6 +52,7 @@ def subject_of(model: Transformer, name: str, tokenizer: Tokenizer | None = None
         no_codec=problem,
         tokenizer=tokenizer,
         is_ours=True,
+        has_sink=config.sink != "none",
     )
 
 

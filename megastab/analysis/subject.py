@@ -88,6 +88,8 @@ class Subject:
     tokenizer: Any = None
     """The object behind ``codec``."""
     is_ours: bool = False
+    has_sink: bool = False
+    """Whether attention has a sink that is no key (softmax-1, a learned logit, a key-value bias)."""
     _shape: tuple[int, int] = field(default=(0, 0), repr=False)
 
     @cached_property

@@ -47,26 +47,22 @@ def surface(subject: Subject, window_S: Tensor, layer: int, tokens: int) -> Surf
 
 def _run(arguments: argparse.Namespace) -> None:
     subject, output = shared.subject_of(arguments), shared.output_of(arguments)
+    asked, last = arguments.layer, len(subject.blocks) - 1
+    if asked is not None and not 0 <= asked <= last:
+        raise UserError(f"--layer {asked}: the model has layers 0 to {last}")
     settings = shared.settings_of(arguments, subject)
     windows = {shared.setting_name(bos): shared.windows_of(arguments, subject, bos) for bos in settings}
     found = {name: look(subject, windows_NS, arguments.batch, name) for name, windows_NS in windows.items()}
-    layer = _chosen(arguments.layer, found)
+    layer = max(range(len(subject.blocks)), key=lambda i: max(layers[i].seen.largest for layers in found.values()))
     tables = [_table(subject, name, layers) for name, layers in found.items()]
     output.write("top", {"model": subject.name, **{name: _data(layers) for name, layers in found.items()}}, tables)
     if output.folder is not None:
         output.picture("top_layers", draw_layers(subject.name, found))
-        surfaces = {name: surface(subject, windows_NS[0], layer, arguments.tokens) for name, windows_NS in windows.items()}
+        surfaces = {
+            name: surface(subject, windows_NS[0], asked if asked is not None else layer, arguments.tokens)
+            for name, windows_NS in windows.items()
+        }
         output.picture("top_magnitudes", draw_surfaces(subject.name, surfaces))
-
-
-def _chosen(asked: int | None, found: dict[str, list[Layer]]) -> int:
-    """The layer of the 3-D picture: that asked for, or that of the largest entry."""
-    layers = next(iter(found.values()))
-    if asked is None:
-        return max(range(len(layers)), key=lambda i: max(held[i].seen.largest for held in found.values()))
-    if not 0 <= asked < len(layers):
-        raise UserError(f"--layer {asked}: the model has layers 0 to {len(layers) - 1}")
-    return asked
 
 
 def _table(subject: Subject, name: str, layers: list[Layer]) -> Table:
