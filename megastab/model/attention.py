@@ -73,7 +73,7 @@ class Attention(nn.Module):
         if self.gates:
             first, gate_GM = projected[0].split((projected[0].shape[1] - self.gates, self.gates), dim=1)
             projected = (first, *projected[1:])
-        q_BSNH, k_BSKH, v_BSKH = self._heads(projected, context)
+        q_BSNH, k_BSKH, v_BSKH = self.heads(projected, context)
         if cache is not None:
             k_BSKH, v_BSKH = cache.append(k_BSKH, v_BSKH)
         term = self._term(q_BSNH)
@@ -83,7 +83,8 @@ class Attention(nn.Module):
         out_GX = out_BSNH.reshape(context.batch * context.seq, -1)
         return out_GX if gate_GM is None else _gated(out_GX, gate_GM)
 
-    def _heads(self, projected: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
+    def heads(self, projected: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
+        """q [B, S, N, H], k and v [B, S, K, H] as they are attended with: normalised and rotated; ``projected`` without the gate's rows."""
         n, k = self.num_heads, self.num_kv_heads
         # (heads of each run, how many runs are turned): queries and keys turn, values do not
         runs = (((n, k, k), 2),) if self.copies == 1 else (((n,), 1), ((k, k), 1))
