@@ -35,7 +35,7 @@ class TailCurve(NamedTuple):
 
     def at(self, target: float) -> tuple[float, float]:
         """(eps, sparsity) of the largest threshold up to which CETT never exceeds ``target``."""
-        last = int(torch.searchsorted(self.cett, torch.tensor(target, dtype=self.cett.dtype), right=True)) - 1
+        last = int(torch.searchsorted(self.cett, self.cett.new_tensor(target), right=True)) - 1
         return float(self.thresholds[max(last, 0)]), float(self.sparsity[max(last, 0)])
 
     def thinned(self, levels: int = 1 << 16) -> TailCurve:

@@ -41,8 +41,9 @@ def starts_with_bos(arguments: argparse.Namespace, subject: Subject) -> bool:
 
 def evaluated_and_calibration(arguments: argparse.Namespace, subject: Subject) -> Windows:
     """The first ``--windows`` of the text, and the next ``--calibration``."""
-    if arguments.windows < 1 or arguments.calibration < 1:
-        raise UserError(f"--windows {arguments.windows} and --calibration {arguments.calibration} must be at least 1")
+    if min(arguments.windows, arguments.calibration, arguments.batch) < 1:
+        asked = f"--windows {arguments.windows}, --calibration {arguments.calibration} and --batch {arguments.batch}"
+        raise UserError(f"{asked} must be at least 1")
     seq_len = arguments.seq_len or min(subject.max_seq_len, 4096)
     count = arguments.windows + arguments.calibration
     found_NS = text_windows(subject, arguments.text, count, seq_len, starts_with_bos(arguments, subject))

@@ -80,6 +80,13 @@ def finite_perplexity(subject: Subject, windows: probes.Windows, batch: int) -> 
     return found
 
 
+def not_rounded(subject: Subject) -> list[str]:
+    """Matrices of the blocks that are no linear layer's, such as the stacked experts of a mixture: the probes leave them as they are."""
+    known = {id(linear.weight) for linear in subject.linears()}
+    named = ((f"{i}.{name}", parameter) for i, block in enumerate(subject.blocks) for name, parameter in block.named_parameters())
+    return [name for name, parameter in named if parameter.ndim > 1 and id(parameter) not in known]
+
+
 def _weights(recipe: Recipe) -> str:
     kind = "zero-point" if recipe.weight_form == "zeropoint" else "absmax"
     return f"{recipe.weight_bits} bits, {kind}, by {'output channel' if recipe.weight_scales == 'channel' else 'matrix'}"
@@ -136,9 +143,12 @@ def figure_of(name: str, found: Findings) -> Figure:
 def _run(arguments: argparse.Namespace) -> None:
     subject = shared.subject_of(arguments)
     windows = probes.evaluated_and_calibration(arguments, subject)
+    if left := not_rounded(subject):
+        print(f"{subject.name}: not rounded, since they are no linear layer's: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}")
     found = probe(subject, windows, arguments.batch)
     output = shared.output_of(arguments)
-    output.write("quantize", probes.how_evaluated(arguments, subject, windows) | data_of(found), tables_of(subject.name, found))
+    made = probes.how_evaluated(arguments, subject, windows) | {"not_rounded": left}
+    output.write("quantize", made | data_of(found), tables_of(subject.name, found))
     output.picture("quantize", figure_of(subject.name, found))
 
 

@@ -110,3 +110,6 @@ def test_bisection_comes_from_below_and_asks_no_number_twice(edge: float, tried:
     found = largest_within(holds, tried, 1e-4)
     assert edge - 1e-4 <= found <= edge and len(set(asked)) == len(asked) <= 18
     assert edge < 1 or found == 1.0
+    for count, value in enumerate(asked):
+        held, failed = ([each for each in asked[:count] if (each <= edge) is side] for side in (True, False))
+        assert max(held, default=0) < value < min(failed, default=1.1), "what is known already is not asked"

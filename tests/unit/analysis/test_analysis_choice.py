@@ -120,11 +120,13 @@ def test_a_score_that_is_no_number_is_an_error() -> None:
 
 def write(folder: Path, *lines: object) -> Path:
     path = folder / "asked.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    told = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+    path.write_text("\n".join(told), encoding="utf-8")
     return path
 
 
 def test_questions_are_read_in_order_with_their_line_numbers(tmp_path: Path) -> None:
+    """U+2028 ends a line for ``str.splitlines``, and none of JSONL."""
     good = {"context": "c\u2028", "choices": ["a", "b"], "label": 1, "more": "is passed over"}
     path = write(tmp_path, good, "", {**good, "label": 0}, good)
     assert [(each.line, each.label) for each in read_questions(path)] == [(1, 1), (3, 0), (4, 1)]

@@ -21,10 +21,10 @@ from megastab.analysis.own_model import subject_of as own_subject
 from megastab.analysis.perplexity import perplexity
 from megastab.analysis.probe_arguments import Windows
 from megastab.analysis.quantised import Recipe, input_ranges, quantised
-from megastab.analysis.quantize import RECIPES, Findings, Penalty, figure_of, probe
+from megastab.analysis.quantize import RECIPES, Findings, Penalty, figure_of, not_rounded, probe
 from megastab.analysis.subject import Subject
 from megastab.config.errors import UserError
-from tests.unit.analysis.models import foreign_model, save_foreign
+from tests.unit.analysis.models import FAMILIES, foreign_model, save_foreign
 from tests.unit.model_generate.tiny import tiny_model
 
 TOKENS, OTHERS = torch.arange(28).view(2, 14) + 3, torch.arange(40, 61).view(3, 7)
@@ -186,6 +186,19 @@ def test_an_outlier_token_costs_the_others_their_codes_unless_every_token_has_it
     assert min(errors["W8A8 coarse"], errors["W8A8 moderate"]) > 10 * errors["W8A8 fine"] > 0
 
 
+@pytest.mark.parametrize("kind", [*FAMILIES, "ours llama", "ours gpt"])
+def test_every_matrix_of_a_dense_block_is_rounded(kind: str) -> None:
+    assert not_rounded(subject(kind, torch.float32)) == []
+
+
+def test_stacked_experts_are_named_as_not_rounded() -> None:
+    block = nn.Module()
+    block.router, block.experts = nn.Linear(4, 2), nn.Parameter(torch.zeros(2, 4, 4))
+    asked = subject("llama", torch.float32)
+    asked.blocks[1].add_module("mixture", block)
+    assert not_rounded(asked) == ["1.mixture.experts"]
+
+
 def test_penalties_are_differences_of_perplexity_on_the_evaluated_windows() -> None:
     asked = subject("llama", torch.float32)
     windows = Windows(TOKENS, OTHERS)
@@ -232,7 +245,7 @@ def test_the_command_writes_tables_and_a_picture(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "out" / "quantize.png").stat().st_size > 5000 and "W4 zero-point" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("option", "value"), [("--calibration", 0), ("--windows", 0)])
+@pytest.mark.parametrize(("option", "value"), [("--calibration", 0), ("--windows", 0), ("--batch", 0)])
 def test_bad_arguments_are_named(tmp_path: Path, option: str, value: int) -> None:
     model, text = save_foreign(tmp_path / "model"), tmp_path / "text.txt"
     text.write_text("words " * 100)
