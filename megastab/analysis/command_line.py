@@ -7,7 +7,7 @@ from importlib import import_module
 
 from megastab.analysis.arguments import Analysis
 
-MODULES: tuple[str, ...] = ("existence",)
+MODULES: tuple[str, ...] = ("existence", "dynamics", "predict")
 """Modules of this room that hold an ``ANALYSIS``, in the order of the help."""
 
 
