@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def a_model(name: str, **changes: Any) -> nn.Module:
     """One of ``MODELS``, in evaluation mode."""
     kind, values = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**{**values, **changes})
+    config = getattr(transformers, f"{kind}Config")(**copy.deepcopy({**values, **changes}))  # it writes into what it is handed
     torch.manual_seed(0)
     head = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
     model = getattr(transformers, head)(config).eval()

@@ -192,7 +192,7 @@ def test_without_transformers_the_check_says_so(tmp_path: Path, monkeypatch: pyt
     assert json.loads((tmp_path / "back" / hf_check.FILE).read_text()) == {"result": "not run: transformers is not installed"}
 
 
-LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+LARGE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
 MEASURED = """
 import sys
 from pathlib import Path
@@ -210,6 +210,7 @@ def grown(work):
     return peak() - before
 
 root = Path(sys.argv[1])
+import_model(root / "tiny", root / "loaded")  # what is imported on first use
 print(grown(lambda: import_model(root / "in", root / "ours")))
 with patch("importlib.util.find_spec", lambda name: None):  # the check is what holds a model
     print(grown(lambda: export_model(root / "ours", root / "back")))
@@ -217,11 +218,12 @@ with patch("importlib.util.find_spec", lambda name: None):  # the check is what 
 
 
 def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
-    """What a process grows by at its worst. Its largest tensor is 16 MiB of 257: stored pages of it and the copies that cut and turn it
+    """What a process grows by at its worst. Its largest tensor is 4 MiB of 97: stored pages of it and the copies that cut and turn it
     are a few times that."""
     save(a_model("llama 3", **LARGE), tmp_path / "in")
+    save(a_model("llama 3"), tmp_path / "tiny")
     done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True, check=True)
-    whole, largest = sum(tensor.nbytes for tensor in tensors(tmp_path / "in").values()), 16 << 20
+    whole, largest = sum(tensor.nbytes for tensor in tensors(tmp_path / "in").values()), 4 << 20
     assert whole > 15 * largest and same_bits(tensors(tmp_path / "in"), tensors(tmp_path / "back"))
     grown = [int(line) for line in done.stdout.split()]
-    assert max(grown) < 5 * largest, f"grew by {grown} bytes of {whole}"
+    assert max(grown) < 4 * largest, f"grew by {grown} bytes of {whole}"
