@@ -15,8 +15,8 @@ _SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": SEQ, "rms_norm_eps": 1e-5, "initializer_range": 0.1,
 }  # fmt: skip
-# Llama 3's own constants over a first context of 16: of four frequencies some are kept, some divided, some between.
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+# Llama 3's own constants over a first context of 32: of four frequencies one is kept, one between, two are divided.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("Llama", {**_SIZES, "tie_word_embeddings": True}),

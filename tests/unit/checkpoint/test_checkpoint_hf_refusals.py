@@ -103,7 +103,7 @@ def test_both_spellings_of_rotary_scaling_are_read(form: str) -> None:
     kind, model = read_model({**given, "rope_parameters" if form == "rope_parameters" else "rope_scaling": scaling}, Path("x"))
     assert kind == "llama" and model.rope_theta == 700.0 and model.rope_scaling is not None
     assert model.rope_scaling.model_dump() == {
-        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 16,
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 32,
     }  # fmt: skip
     assert read_model({**given, "rope_scaling": None}, Path("x"))[1].rope_scaling is None
 

@@ -101,7 +101,7 @@ def test_import_is_a_whole_run(tmp_path: Path) -> None:
     config = load_config(tmp_path / "ours" / "config.json", world_size=1)
     model = config.megastab.model
     assert config.megastab.run.init_from == str(made.folder) and config.precision == "fp32"
-    assert model.rope_scaling is not None and model.rope_scaling.original_max_seq_len == 16 and model.rope_theta == 500.0
+    assert model.rope_scaling is not None and model.rope_scaling.original_max_seq_len == 32 and model.rope_theta == 500.0
     filled = build(model.model_dump(mode="json"))
     assert load_weights(filled, tmp_path / "ours" / "weights") == []
     embedding = dict(merged_weights(tmp_path / "ours" / "weights"))["embedding"]
