@@ -23,8 +23,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3": ("Llama", {**_SIZES, "tie_word_embeddings": False, "rope_theta": 500.0, "rope_scaling": LLAMA3}),
     "gpt2": (
         "GPT2",
-        {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": SEQ, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
-         "attn_pdrop": 0.0, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 1},
+        {"vocab_size": VOCAB, "n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": SEQ, "resid_pdrop": 0.0,
+         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 1},
     ),
     "mistral": ("Mistral", {**_SIZES, "sliding_window": None}),
     "qwen3": ("Qwen3", {**_SIZES, "head_dim": 8, "tie_word_embeddings": True}),
