@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megastab.checkpoint.hf_files import CONFIG, read_json
 from megastab.checkpoint.init_from import Start, fill
 from megastab.config.errors import UserError
 from megastab.config.schema import Megastab
@@ -29,7 +30,7 @@ def check_logits(folder: Path, start: Start) -> dict[str, Any]:
         start: what was exported.
 
     Returns:
-        What is written beside the weights; ``result`` says so where transformers is not installed.
+        What is written beside the weights; ``result`` says so where transformers is not installed, or older than the architecture.
 
     Raises:
         UserError: the logits differ by more than ``TOLERANCE`` times the largest of them (at least 1).
@@ -38,6 +39,9 @@ def check_logits(folder: Path, start: Start) -> dict[str, Any]:
         return {"result": "not run: transformers is not installed"}
     import transformers
 
+    kind = read_json(folder / CONFIG)["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        return {"result": f"not run: transformers {transformers.__version__} does not know {kind}"}
     tokens = random_tokens(start)
     ours, theirs = _ours(start, tokens), _theirs(folder, tokens)
     difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())

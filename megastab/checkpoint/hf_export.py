@@ -24,8 +24,9 @@ from megastab.checkpoint.hf_tokenizer import FOLDER as TOKENIZER
 from megastab.checkpoint.hf_tokenizer import GENERATION, export_tokenizer
 from megastab.checkpoint.init_from import Start, open_start
 from megastab.checkpoint.safetensors_file import Entry, write_file
-from megastab.checkpoint.weight_source import stored_dtype
+from megastab.checkpoint.weight_source import VOCABULARY, stored_dtype
 from megastab.config.errors import UserError
+from megastab.config.vocab import padded_vocab
 
 SHARD_BYTES = 5 * 10**9
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -66,8 +67,10 @@ def export_model(checkpoint: str | Path, out: str | Path, max_shard_bytes: int =
     """
     start, out = open_start(checkpoint), Path(out)
     kind = kind_of(start.model)
+    homes = homes_of(start.model, kind)
+    _check_whole(start, homes)
     partial = fresh_partial(out)
-    write_shards(start, homes_of(start.model, kind), partial, max_shard_bytes)
+    write_shards(start, homes, partial, max_shard_bytes)
     ids, notes = export_tokenizer(tokenizer or _tokenizer_of(start.path), start.model.vocab_size or 0, partial)
     dtype = str(stored_dtype(start.source)).removeprefix("torch.")
     _write_json(partial / CONFIG, write_model(start.model, kind, dtype, ids))
@@ -76,6 +79,20 @@ def export_model(checkpoint: str | Path, out: str | Path, max_shard_bytes: int =
     _write_json(partial / hf_check.FILE, check)
     partial.rename(out)
     return Exported(out, kind, check, tuple(notes))
+
+
+def _check_whole(start: Start, homes: dict[str, Home]) -> None:
+    """Every matrix is there in its full size, and no other."""
+    known, padded = set(start.source.names()), padded_vocab(start.model.vocab_size or 0)
+    cause = "a file of another rank is missing, or from elsewhere"
+    if unlike := sorted(homes.keys() ^ known):
+        where = "lacks" if unlike[0] in homes else "holds besides its model's weights"
+        raise UserError(f"{start.path} {where} {', '.join(unlike[:5])}: {cause}")
+    for name, home in homes.items():
+        rows = padded if name in VOCABULARY else home.rows
+        wanted = (rows,) if home.width is None else (rows, home.width)
+        if (found := start.source.shape(name)) != wanted:
+            raise UserError(f"{start.path}: {name} is {found}, its model wants {wanted}: {cause}")
 
 
 def write_shards(start: Start, homes: dict[str, Home], folder: Path, max_shard_bytes: int) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -83,7 +84,11 @@ def write_file(path: Path, entries: Mapping[str, Entry], tensor_of: Callable[[st
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
-            tensor = tensor_of(name).detach().cpu().contiguous()
-            if Entry.of(tensor.dtype, tuple(tensor.shape)) != entry:
-                raise ValueError(f"{name}: announced as {entry}, made as {tensor.dtype} {tuple(tensor.shape)}")
-            tensor.view(-1).view(torch.uint8).numpy().tofile(file)
+            _write_tensor(file, name, entry, tensor_of(name))
+
+
+def _write_tensor(file: BinaryIO, name: str, entry: Entry, tensor: Tensor) -> None:
+    tensor = tensor.detach().cpu().contiguous()
+    if Entry.of(tensor.dtype, tuple(tensor.shape)) != entry:
+        raise ValueError(f"{name}: announced as {entry}, made as {tensor.dtype} {tuple(tensor.shape)}")
+    tensor.view(-1).view(torch.uint8).numpy().tofile(file)

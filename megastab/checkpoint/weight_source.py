@@ -22,6 +22,7 @@ from megastab.config.schema import ModelConfig
 from megastab.config.vocab import padded_vocab
 
 VOCABULARY = ("embedding", "head")
+CHUNK_ROWS = 4096  # of two tensors that are compared
 
 
 class WeightSource(Protocol):
@@ -144,7 +145,7 @@ class HuggingFaceWeights:
         embedding = self._stored(self._homes["embedding"].tensor)
         if self._files.entries[HEAD] == self._files.entries[embedding]:
             rows = self._files.entries[HEAD].shape[0]
-            chunks = (slice(start, start + 4096) for start in range(0, rows, 4096))
+            chunks = (slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS))
             if all(torch.equal(self._files.read(HEAD, chunk), self._files.read(embedding, chunk)) for chunk in chunks):
                 return []
         return [f"config.json has tie_word_embeddings = true, but {HEAD} is not {embedding}: set tie_word_embeddings to false there"]
