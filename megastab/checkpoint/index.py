@@ -68,8 +68,8 @@ class Index:
                 at = place.first + place.length
             if at != self.sizes[name]:
                 found.append(f"{kind} of {name} ends at element {at} of {self.sizes[name]}")
-        bare = [name for name in self.sizes if not {(name, MASTER), (name, WEIGHT)} & self._places.keys()]
-        return found + [f"{name} has neither masters nor weights" for name in bare]
+        kinds = {kind for _, kind in self._places} & {MASTER, WEIGHT}  # of any matrix: then of all
+        return found + [f"{name} has no {kind}" for name in self.sizes for kind in sorted(kinds) if (name, kind) not in self._places]
 
     def kinds(self, name: str) -> list[str]:
         """What there is of a matrix beside its master: the optimizer's moments."""

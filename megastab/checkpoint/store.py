@@ -7,7 +7,7 @@ size and checksum of every file, and renames the folder. ``latest`` follows. A c
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,29 +46,34 @@ def save(
     rank, world = collectives.world()
     tag = tag_of(manifest.step)
     aside = partial_of(folder, tag)
-    _agree(aside, lambda: prepare(folder, tag) if rank == 0 else None)
+    agree(aside, lambda: prepare(folder, tag) if rank == 0 else None)
     shares = (states_share(adapter, grid, rank), weights_share(adapter.engine.module, grid))
-    _agree(aside, lambda: write(aside, rank, shares, tag))
+    agree(aside, lambda: write(aside, rank, shares, tag))
     whole = replace(manifest, scalars=scalar_state(adapter))
-    _agree(aside, lambda: publish(folder, tag, world, whole, keep_last, keep_every) if rank == 0 else None)
+    agree(aside, lambda: publish(folder, tag, world, whole, keep_last, keep_every) if rank == 0 else None)
     return folder / tag
 
 
-def _agree(aside: Path, do: Callable[[], None]) -> None:
+def agree(aside: Path, do: Callable[[], None]) -> None:
     """Do something on every rank; where it fails on any, nothing of the checkpoint is left and all know."""
     failure, is_ours = "", False
     try:
         do()
     except Exception as error:
         failure, is_ours = f"rank {collectives.world()[0]}: {error}", not isinstance(error, OSError)
-    failures = [told for told in collectives.gather_objects((failure, is_ours)) if told[0]]
+    failures = [each for each in collectives.gather_objects((failure, is_ours)) if each[0]]
     if failures:
         if collectives.world()[0] == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        said = f"the checkpoint {aside.with_suffix('')} could not be written ({'; '.join(said for said, _ in failures[:3])})"
+        told = not_saved(aside, [said for said, _ in failures])
         if any(is_ours for _, is_ours in failures):  # no disk's fault: a next one would fail as well
-            raise RuntimeError(said)
-        raise NotSaved(f"{said}; older ones stand")
+            raise RuntimeError(str(told))
+        raise told
+
+
+def not_saved(aside: Path, failures: Sequence[str]) -> NotSaved:
+    """What to say of a checkpoint that could not be written."""
+    return NotSaved(f"the checkpoint {aside.with_suffix('')} could not be written ({'; '.join(failures[:3])}); older ones stand")
 
 
 def publish(folder: Path, tag: str, world: int, manifest: Manifest, keep_last: int | None, keep_every: int | None) -> None:

@@ -18,9 +18,8 @@ def damage(where: Path, rank: int = 0, world: int = 1) -> list[str]:
     try:
         read = Manifest.read(where)
     except UserError:
-        return _if_first(
-            rank, [f"{where / manifest.FILE} is damaged" if (where / manifest.FILE).exists() else f"{where} was never finished"]
-        )
+        path = where / manifest.FILE
+        return _if_first(rank, [f"{path} is {'damaged' if path.exists() else 'missing'}"])
     found = _if_first(rank, _foreign(where, read))
     for place, (name, values) in enumerate(sorted(read.files.items())):
         if place % world == rank and (said := _fault(where / name, Seal(*values), where.name)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -39,6 +40,33 @@ def prepare(folder: Path, tag: str) -> None:
 def note_of(aside: Path, rank: int) -> Path:
     """Where a rank says that it has written, and what."""
     return aside / f"rank{rank:04d}.json"
+
+
+def missing_notes(aside: Path, world: int) -> bool:
+    """Whether some rank is still writing."""
+    return not all(note_of(aside, rank).exists() for rank in range(world))
+
+
+def refuse(aside: Path, rank: int, shares: Sequence[Share], why: str) -> None:
+    """Leave a note that this rank could not write; what it had written makes room for it."""
+    for share in shares:
+        if share.file:
+            (aside / share.file).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        write_text(note_of(aside, rank), json.dumps({"refused": why}))
+
+
+def refusals(aside: Path, world: int) -> list[str]:
+    """Why ranks could not write; a rank without a note could not even say."""
+    found = []
+    for rank in range(world):
+        try:
+            note = json.loads(note_of(aside, rank).read_text())
+        except OSError as error:
+            note = {"refused": f"rank {rank} left no note ({error.strerror})"}
+        if "refused" in note:
+            found.append(note["refused"])
+    return found
 
 
 def write(aside: Path, rank: int, shares: Sequence[Share], tag: str) -> None:

@@ -236,6 +236,8 @@ class RunConfig(Section):
     """Checkpoints to keep; ``null`` keeps all."""
     keep_every: PositiveInt | None = None
     """Steps; checkpoints at multiples of this are kept for ever, whatever ``keep_last`` says."""
+    async_save: bool = False
+    """Write checkpoints in the background: training waits for one copy of the bytes in host memory, which must have room for it."""
     resume: str = "auto"
     """``auto``: the newest checkpoint of ``dir`` if there is one; ``none``: start anew (an earlier run in ``dir`` is moved aside); else
     the path of a checkpoints folder."""

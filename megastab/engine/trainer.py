@@ -10,7 +10,7 @@ from typing import Any
 
 from megastab.checkpoint import store
 from megastab.checkpoint.manifest import Manifest
-from megastab.checkpoint.writing import NotSaved
+from megastab.checkpoint.saver import Outcome, Saver
 from megastab.config.config import Config
 from megastab.data.training import TrainingData
 from megastab.engine.build import Built, build
@@ -55,6 +55,9 @@ class Trainer:
         self.folder = RunFolder(run.dir, is_writer=collectives.world()[0] == 0, is_new=run.resume == "none")
         self.built: Built = build(config, grid, is_new=self.origin is None)
         self.engine: Any = self.built.engine
+        self.saver = Saver(
+            self.built.adapter, grid, self.folder.path / CHECKPOINTS, run.keep_last, run.keep_every, in_background=run.async_save
+        )
         self.stepper = Stepper(self.engine, config, grid)
         self.built.controller.read_loss = self.stepper.loss_at_norm
         self.sampler = Sampler(config.megastab.telemetry, self.built.controller, config.megastab.model.num_layers)
@@ -108,6 +111,7 @@ class Trainer:
             self._tell([Event(0, "warning", said)])
         while self.step < total:
             record, extra = self.take_step()
+            self._tell_saved(self.saver.poll())
             is_last = self.step == total
             if self.step % run.log_interval == 0 or is_last or self.step == 1:
                 self.folder.say(console_line(record, total, extra))
@@ -115,6 +119,7 @@ class Trainer:
                 self.evaluate()
             if is_last or (run.save_interval and self.step % run.save_interval == 0):
                 self.save()
+        self._tell_saved(self.saver.finish())
 
     def take_step(self) -> tuple[StepRecord, dict[str, float]]:
         """One optimizer step and its record."""
@@ -203,12 +208,8 @@ class Trainer:
 
     def save(self) -> None:
         """One checkpoint (collective over the job). Where it cannot be written the run says so and goes on."""
-        run = self.config.megastab.run
-        try:
-            where = store.save(
-                self.built.adapter, self.grid, self.folder.path / CHECKPOINTS, self.manifest(), run.keep_last, run.keep_every
-            )
-        except NotSaved as error:
-            self._tell([Event(self.step, "warning", str(error))])
-        else:
-            self.folder.event(Event(self.step, "save", str(where)))
+        self._tell_saved(self.saver.save(self.manifest()))
+
+    def _tell_saved(self, ended: Sequence[Outcome]) -> None:
+        for step, where, failure in ended:
+            self._tell([Event(step, "warning", failure) if failure else Event(step, "save", str(where))])

@@ -168,6 +168,19 @@ def test_checkpoint_that_does_not_fit_is_refused_once_and_everywhere(
     assert all(words in message for words in said), message
 
 
+def test_run_goes_on_in_another_shape_and_says_so(tmp_path: Path) -> None:
+    """1e-5: only the order of sums differs (2e-6 over eight steps)."""
+    folder, straight, _ = runs("zero3")
+    origin = folder / "straight" / "checkpoints" / f"step{HALF:08d}"
+    (found,) = run_ranks(1, train, config_for("plain", tmp_path, run__resume=str(origin)))
+    expected, curve_found = curve(folder / "straight"), curve(tmp_path)
+    assert sorted(curve_found) == list(range(HALF + 1, WHOLE + 1)) and found["consumed"] == straight[0]["consumed"]
+    for step, values in curve_found.items():
+        assert values == pytest.approx(expected[step], rel=1e-5)
+    (told,) = (line for line in map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines()) if line["kind"] == "resume")
+    assert told["reason"] == f"from {origin} in another shape: world 2 -> 1, data 2 -> 1, zero_stage 3 -> 0"
+
+
 def test_auto_takes_the_newest_and_none_starts_anew(tmp_path: Path) -> None:
     config = config_for("plain", tmp_path / "run", run__total_steps=2, run__save_interval=None)
     (first,) = run_ranks(1, train, config)
