@@ -30,6 +30,8 @@ class Manifest:
     tokenizer: str | None
     stability: dict[str, Any] = field(default_factory=dict)
     """State of the stability methods: plain values, the same on every rank."""
+    skips: list[list[int]] = field(default_factory=list)
+    """(first, last) of the samples that rewinds have left out so far."""
     format: int = FORMAT
 
     @classmethod

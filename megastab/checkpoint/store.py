@@ -54,6 +54,14 @@ def _prune(folder: Path, newest: str, keep_last: int | None) -> None:
             shutil.rmtree(old)
 
 
+def go_back(where: Path) -> None:
+    """Make ``where`` the newest checkpoint of its folder (on one rank): those after it, of steps taken back, are deleted."""
+    _publish(where.parent, where.name)
+    for later in where.parent.glob("step????????"):
+        if later.name > where.name:
+            shutil.rmtree(later)
+
+
 def find(resume: str, own: Path, wanted: Manifest) -> Path | None:
     """The checkpoint to resume ``wanted`` from: ``auto`` is the run's own newest or None, ``none`` is None, else a path that must hold one.
 
