@@ -57,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_job(lambda: train(config))
 
 
-def train(config: Config) -> None:
-    """Build the run on this rank and train it to its last step."""
+def train(config: Config) -> int:
+    """Build the run on this rank and train it to its last step; the exit code, which tells whether it was stopped before."""
     from megastab.data.training import open_training_data
+    from megastab.engine.launch import DONE, STOPPED
     from megastab.engine.preflight import check_hosts
     from megastab.engine.trainer import Trainer
     from megastab.parallel import collectives
@@ -71,9 +72,10 @@ def train(config: Config) -> None:
     parallel = config.megastab.parallel
     grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, config.megastab.model.num_kv_heads)
     trainer = Trainer(config, grid, sources.cut(config, grid.dp.rank, grid.dp.size))
-    trainer.announce()
-    trainer.resume()
-    trainer.train()
+    with trainer.guarded():
+        trainer.announce()
+        trainer.resume()
+        return DONE if trainer.train() else STOPPED
 
 
 if __name__ == "__main__":

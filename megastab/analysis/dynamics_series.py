@@ -190,7 +190,7 @@ def _measured(place: Place, measurement: Measurement) -> _Measured:
     """One checkpoint; its model is gone when the next one is opened."""
     subject = open_subject(place.path, measurement.dtype, None, measurement.names)
     found = look(subject, measurement.windows(subject), measurement.batch, f"step {place.step}")
-    return _Measured(subject.name, architecture_of_subject(subject), [seen.ratio for seen in found])
+    return _Measured(subject.name, architecture_of_subject(subject), [layer.seen.ratio for layer in found])
 
 
 def architecture_of_subject(subject: Subject) -> Architecture | None:

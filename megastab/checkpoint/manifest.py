@@ -39,6 +39,8 @@ class Manifest:
     """The engine's counters, the schedule's position and the loss scale."""
     files: dict[str, list[int]] = field(default_factory=dict)
     """Bytes and CRC-32 of every other file of the checkpoint, by its path in the folder."""
+    skips: list[list[int]] = field(default_factory=list)
+    """(first, last) of the samples that rewinds have left out so far."""
     format: int = FORMAT
 
     @classmethod

@@ -96,6 +96,16 @@ def _prune(folder: Path, newest: str, keep_last: int | None, keep_every: int | N
                 shutil.rmtree(old, ignore_errors=True)
 
 
+def go_back(where: Path) -> None:
+    """Make ``where`` the newest checkpoint of its folder (on one rank): those after it, of steps taken back, are deleted."""
+    write_text(where.parent / LATEST, where.name)
+    settle(where.parent)
+    for later in where.parent.glob(TAGS):
+        if later.name > where.name:
+            (later / FILE).unlink(missing_ok=True)  # from here on it is none
+            shutil.rmtree(later, ignore_errors=True)
+
+
 def find(resume: str, own: Path, wanted: Manifest, tell: Callable[[str], None] = lambda said: None) -> Path | None:
     """The checkpoint to resume ``wanted`` from (collective over the job): whole, its files verified, and of the same model.
 
@@ -151,10 +161,17 @@ def _candidates(folder: Path) -> list[Path]:
     return [folder / newest, *(path for path in finished if path.name < newest)]
 
 
-def newest_before(folder: Path, step: int) -> Path | None:
-    """The newest whole checkpoint made before ``step``; None where there is none."""
-    whole = (path for path in sorted(folder.glob(TAGS), reverse=True) if (path / FILE).exists())  # the manifest comes last
-    return next((path for path in whole if path.name < tag_of(step)), None)
+def newest_before(folder: Path, step: int, tell: Callable[[str], None] = lambda said: None) -> Path | None:
+    """The newest whole checkpoint made before ``step``, its files verified (collective over the job); None where there is none.
+
+    ``tell`` is given, on every rank, a sentence for each damaged one that was passed over.
+    """
+    made = sorted((path for path in folder.glob(TAGS) if (path / FILE).exists() and path.name < tag_of(step)), reverse=True)
+    for where in collectives.gather_objects(made)[0]:  # as the first rank sees them
+        if not (faults := _damage(where)):
+            return where
+        tell(f"the checkpoint {where} is damaged: {'; '.join(faults[:5])}")
+    return None
 
 
 def load(adapter: Adapter, where: Path) -> Manifest:

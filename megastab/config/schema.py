@@ -191,6 +191,16 @@ class DataConfig(Section):
     """SentencePiece ``.model`` file; checked against the vocabulary the data was written with."""
     document_mask: bool = False
     """Attention stays inside a document, and the first token of a document is no target."""
+    skip: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(default=[])
+    """Training samples to leave out: ``[[first, last], ...]``, both ends included, as ``events.jsonl`` names them; in any order. What
+    rewinds have left out is added to it (``skips.json`` of the run folder)."""
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> DataConfig:
+        for first, last in self.skip:
+            if last < first:
+                raise ValueError(f"skip holds [{first}, {last}], which ends before it begins: write [{last}, {first}]")
+        return self
 
 
 class ScheduleConfig(Section):
@@ -250,6 +260,11 @@ class RunConfig(Section):
     """``torch.compile`` of the blocks, in pieces between collectives where tensor > 1."""
     deterministic: bool = False
     """Ask torch for deterministic kernels (slower on accelerators; CPU runs are deterministic anyway)."""
+    hang_seconds: PositiveFloat | None = 1800.0
+    """Seconds without progress after which every rank ends the job and names the ranks that lag (exit code 87); longer than the longest
+    step, save or compilation; ``null``: never."""
+    stop_seconds: PositiveFloat | None = 300.0
+    """Seconds from SIGTERM, SIGUSR1 or Ctrl-C in which a run must have saved and left before it is ended as it is; ``null``: no limit."""
 
 
 class Megastab(Section):

@@ -20,6 +20,9 @@ from megastab.engine.network import interface_towards
 from megastab.parallel import collectives
 from megastab.wrappers.bind import quiet, skip_shm_build
 
+# What a scheduler can go by; 2 and 86 are UserError's and TrainingEnded's, 87 is the watch's. docs/faults.md has the table.
+DONE, FAILED, STOPPED = 0, 1, 85
+
 
 def start_job() -> None:
     """Join the job (collective). A process nobody launched is a job of one rank."""
@@ -47,27 +50,27 @@ def start_job() -> None:
         deepspeed.init_distributed(dist_backend=backend)
 
 
-def run_job(work: Callable[[], None]) -> int:
-    """Join the job, do ``work``, leave together; the exit code.
+def run_job(work: Callable[[], int | None]) -> int:
+    """Join the job, do ``work``, leave together; the exit code, which is what ``work`` returned.
 
     A failing rank says why first and is then ended hard: the backend's threads, or a collective nobody else will join, must not keep it
     alive, because the launcher ends the other ranks when this one is gone.
     """
     try:
         start_job()
-        work()
+        code = work() or DONE
         collectives.leave()
-        return 0
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except collectives.PeerFailed:
-        code = 2
+        code = error.exit_code
+    except collectives.PeerFailed as error:
+        code = error.exit_code
         time.sleep(1.0)  # let the rank that knows why say it before the launcher acts on this exit
     except BaseException:
         rank = os.environ.get("RANK", "0")
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        code = 1
+        code = FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

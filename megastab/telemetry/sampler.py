@@ -111,8 +111,9 @@ class Sampler:
         self._overflown: set[Place] = set()
 
     def remember(self, events: Sequence[dict[str, Any]]) -> None:
-        """Take up an earlier run's lines of ``events.jsonl``, so that nothing is told for the first time twice."""
-        self._massive |= {event["layer"] for event in events if event.get("kind") == "massive_activation"}
+        """Take up the lines of ``events.jsonl`` that stand, so that nothing is told for the first time twice."""
+        self._overflown = set()
+        self._massive = {event["layer"] for event in events if event.get("kind") == "massive_activation"}
 
     @contextmanager
     def looking(self, step: int, batches: Sequence[MicroBatch]) -> Iterator[None]:
