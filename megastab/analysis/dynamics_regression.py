@@ -21,7 +21,7 @@ from megastab.analysis.dynamics_table import Row
 from megastab.analysis.hidden_dynamics import Array, missing
 from megastab.config.errors import UserError
 
-MIN_RUNS, MAX_FOLDS, TREES, SEED = 3, 5, 200, 0
+MIN_RUNS, MAX_FOLDS, TREES, SEED = 3, 5, 60, 0
 FEATURES = ("l/L", "(l/L)^2", "(l/L)^3", "sqrt(l/L)", "heads/d", "d_ff/d", "d/L", "heads/L", "log d", "l L")
 TARGETS = ("A", "lambda", "gamma", "t0", "K", "peak_step", "peak_ratio")
 SIGNED = ("A", "K")
