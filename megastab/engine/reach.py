@@ -30,6 +30,13 @@ class Place(NamedTuple):
     """0 but on the rank that listens for its host."""
 
 
+class Lost(NamedTuple):
+    """A host that does not answer."""
+
+    said: str
+    ranks: tuple[int, ...]
+
+
 class Hosts:
     """The job's hosts as they were at its start."""
 
@@ -52,16 +59,17 @@ class Hosts:
         port = _listen() if hosts.index(name) == rank and len(set(hosts)) > 1 else 0
         return cls([Place(*place) for place in collectives.gather_objects((*name, port))], rank)
 
-    def lost(self) -> list[str]:
-        """The hosts that cannot be connected to from here, with their ranks."""
+    def lost(self) -> list[Lost]:
+        """The hosts that cannot be connected to from here."""
         others = [host for host in self._ranks if host != self._own]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             answers = list(pool.map(lambda host: _answers(host[1], self._port[host]), others))
-        return [self._described(host) for host, answered in zip(others, answers, strict=True) if not answered]
+        return [self._lost(host) for host, answered in zip(others, answers, strict=True) if not answered]
 
-    def _described(self, host: tuple[str, str]) -> str:
+    def _lost(self, host: tuple[str, str]) -> Lost:
         ranks = self._ranks[host]
-        return f"host {host[0]} ({host[1]}; rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))})"
+        said = f"host {host[0]} ({host[1]}; rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))})"
+        return Lost(said, tuple(ranks))
 
 
 def _listen() -> int:

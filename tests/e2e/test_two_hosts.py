@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import SSHD, Host, finish, refusal, start_sshd, two_hosts
+from tests.hosts import SSHD, Host, finish, refusal, start_sshd, two_hosts, wait_for
 from tests.launching import ROOT, curve, environment, launch
 
 pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal())
@@ -36,8 +37,8 @@ def variables(hosts_file: Path, **others: str) -> dict[str, str]:
     return {**environment(), "MEGASTAB_ENV": "active", "HOSTFILE": str(hosts_file), "MASTER_PORT": port, **others}
 
 
-def one_host_curve(config: Path, folder: Path) -> list[tuple[int, float, float, float]]:
-    done = launch("--deepspeed_config", str(config), *LAYOUT, f"megastab.run.dir={folder}", ranks=4)
+def one_host_curve(config: Path, folder: Path, *more: str) -> list[tuple[int, float, float, float]]:
+    done = launch("--deepspeed_config", str(config), *LAYOUT, f"megastab.run.dir={folder}", *more, ranks=4, timeout=300)
     assert done.code == 0, done.text
     return curve(folder)
 
@@ -100,3 +101,29 @@ def test_hosts_with_different_sources_leave_before_the_first_step(hosts: tuple[H
     told = "".join(text for _, text in ended)
     assert told.count("the hosts of this job differ") == 1 and "megastab's source" in told and "ranks 2, 3" in told, told
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_cut_link_ends_both_sides_and_the_run_goes_on_when_it_is_back(
+    hosts: tuple[Host, Host], config_file: Path, tmp_path: Path
+) -> None:
+    long_enough = ("megastab.run.total_steps=80", "megastab.run.save_interval=10")
+    expected = one_host_curve(config_file, tmp_path / "one_host", *long_enough)
+
+    def start(*more: str) -> list[subprocess.Popen[str]]:
+        env = variables(hostfile(tmp_path, hosts), MASTER_ADDR=hosts[0].address)
+        script = ("bash", "run_scripts/multi_node.sh", str(config_file), *LAYOUT, *long_enough, *more)
+        return [host.start_alone(*script, folder=ROOT, environment={**env, "NODE_RANK": str(i)}) for i, host in enumerate(hosts)]
+
+    both = start("megastab.run.hang_seconds=8")
+    wait_for(tmp_path / "run" / "metrics.jsonl", 120, lines=25)
+    for host in hosts:
+        host.set_link(is_up=False)
+    ended = [finish(process, 90) for process in both]
+    for (code, text), other in zip(ended, reversed(hosts), strict=True):
+        assert code not in (0, -9), text
+        assert other.address in text and "cannot be reached over the network" in text, text
+    for host in hosts:
+        host.set_link(is_up=True)
+    for code, text in [finish(process, 240) for process in start()]:
+        assert code == 0, text
+    assert curve(tmp_path / "run") == expected

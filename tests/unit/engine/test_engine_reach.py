@@ -6,7 +6,7 @@ import pytest
 
 from megastab.engine import reach
 from megastab.engine.network import address_towards, free_port, interface_towards, own_address
-from megastab.engine.reach import Hosts, Place
+from megastab.engine.reach import Hosts, Lost, Place
 
 
 def test_only_what_does_not_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,8 +14,8 @@ def test_only_what_does_not_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> N
     listening, closed = reach._listen(), free_port()
     places = [Place("a", "127.0.0.1", 0), Place("a", "127.0.0.1", 0)]
     places += [Place("b", "127.0.0.2", listening), Place("b", "127.0.0.2", 0), Place("c", "127.0.0.3", closed), Place("c", "127.0.0.3", 0)]
-    assert Hosts(places, rank=1).lost() == ["host c (127.0.0.3; ranks 4, 5)"]
-    assert Hosts(places, rank=4).lost() == ["host a (127.0.0.1; ranks 0, 1)"]  # a has no port here: nothing listens on 0
+    assert Hosts(places, rank=1).lost() == [Lost("host c (127.0.0.3; ranks 4, 5)", (4, 5))]
+    assert Hosts(places, rank=4).lost() == [Lost("host a (127.0.0.1; ranks 0, 1)", (0, 1))]  # a has no port here: nothing listens on 0
 
 
 def test_a_job_of_one_rank_has_no_other_host() -> None:
