@@ -66,7 +66,7 @@ def remarks(layer: Layer, total_steps: int) -> str:
     if found.at_bound:
         told.append(f"{', '.join(found.at_bound)} at a bound: not determined")
     if found.r2 < POOR:
-        told.append("R2 is low: the curve does not describe it")
+        told.append("R2 is low: the curve does not describe it (--from leaves out the first steps)")
     return "; ".join(told)
 
 

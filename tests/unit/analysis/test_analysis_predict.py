@@ -11,9 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megastab.analysis import dynamics_table
+from megastab.analysis import dynamics_regression, dynamics_table
 from megastab.analysis.command_line import parser_of
-from megastab.analysis.dynamics_regression import FEATURES, TARGETS, check_runs, features, learn, original, predict, regressed, target_of
+from megastab.analysis.dynamics_regression import (
+    FEATURES,
+    TARGETS,
+    Score,
+    check_runs,
+    features,
+    learn,
+    original,
+    predict,
+    regressed,
+    target_of,
+)
 from megastab.analysis.dynamics_series import Architecture
 from megastab.analysis.dynamics_table import Row
 from megastab.analysis.predict import remarks
@@ -121,6 +132,14 @@ def test_what_cannot_be_learned_is_the_mean() -> None:
     assert found.best == "mean" and max(score.by_run for score in found.scores.values()) <= 0
     mean = float(np.mean([math.log1p(each.values["K"]) for each in rows]))
     assert [math.log1p(middle) for _, middle, _ in predict(rows, found, Architecture(3, 64, 4, 256))] == pytest.approx([mean] * 3)
+
+
+@pytest.mark.parametrize(("ridge", "best"), [(-0.1, "mean"), (0.1, "ridge")])
+def test_better_than_the_mean_is_not_enough(ridge: float, best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of the other runs is below 0 itself: a model that is less so knows nothing yet."""
+    scores = {"mean": -0.5, "ridge": ridge, "random forest": -0.2, "gradient boosting": -0.3}
+    monkeypatch.setattr(dynamics_regression, "_score", lambda name, x, y, runs: Score(scores[name], 0.9, 0 * y))
+    assert learn(lawful(3), "K").best == best
 
 
 def test_layers_without_a_peak_teach_no_peak() -> None:
