@@ -74,7 +74,7 @@ def windows_of(arguments: argparse.Namespace, subject: Subject, bos: bool) -> Te
 def settings_of(arguments: argparse.Namespace, subject: Subject) -> list[bool]:
     """Whether windows start with BOS, one after another. ``both`` is without alone where the tokenizer has no such token, and says so."""
     if arguments.bos == "both" and subject.bos is None:
-        print(f"{subject.name} has no BOS token: without it only")
+        print(f"{subject.name} has no BOS token ({subject.no_codec or 'its tokenizer names none'}): without it only")
         return [False]
     return {"with": [True], "without": [False], "both": [True, False]}[arguments.bos]
 
@@ -82,3 +82,8 @@ def settings_of(arguments: argparse.Namespace, subject: Subject) -> list[bool]:
 def output_of(arguments: argparse.Namespace) -> Output:
     """Where results go."""
     return Output(arguments.output)
+
+
+def setting_name(bos: bool) -> str:
+    """As results call it."""
+    return "with BOS" if bos else "without BOS"

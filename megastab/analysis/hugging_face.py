@@ -50,6 +50,8 @@ def subject_of(model: nn.Module, name: str, names: Names | None = None) -> Subje
         stream=lambda tokens_BS: model.base_model(input_ids=tokens_BS, use_cache=False),  # type: ignore[operator]
         find=lambda part: [_part(block, part, names) for block in blocks],
         find_linears=partial(_linears, blocks_name, blocks),
+        has_sink=any(hasattr(module, "sinks") for module in model.modules()),  # gpt-oss
+        maps_of=lambda _module, _inputs, output: _maps(output),
     )
 
 
@@ -151,7 +153,7 @@ def _linear(full: str, name: str, module: Any, layer: int, is_transposed: bool) 
     return Linear(full, module, layer, role, weight, is_transposed, parts)
 
 
-def attention_maps(output: Any) -> Tensor:
+def _maps(output: Any) -> Tensor:
     """[B, Q, S, S] of what an eager attention module returned; an error where it kept them to itself."""
     if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
         return output[1]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megastab.config.errors import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
@@ -59,6 +60,23 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def whole_numbers(*axes: Axis) -> None:
+    """Ticks at whole numbers: layers, heads and positions."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+
+
+def plain_log(axis: Axis) -> None:
+    """A logarithmic axis labelled 3, 10, 300, not 3 x 10^2."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10.0, subs=(1.0, 3.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def markdown(table: Table) -> str:

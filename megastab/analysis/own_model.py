@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from megastab.analysis.subject import Codec, Linear, Subject
 from megastab.config.errors import UserError
 from megastab.data.tokenizer import Tokenizer
 from megastab.engine.inference import Loaded, load_for_inference, tokenizer_of
+from megastab.model.attention import Attention
+from megastab.model.attention_maps import attention_maps
 from megastab.model.block import Block
 from megastab.model.transformer import Transformer
 from megastab.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -44,11 +47,18 @@ def subject_of(model: Transformer, name: str, tokenizer: Tokenizer | None = None
         stream=partial(_logits, model),
         find=lambda part: [block.attention if part == "attention" else block.mlp for block in blocks],
         find_linears=partial(_linears, blocks),
+        maps_of=_maps,
         codec=Codec(tokenizer.encode, tokenizer.decode, tokenizer.eod) if tokenizer else None,
         no_codec=problem,
         tokenizer=tokenizer,
         is_ours=True,
+        has_sink=config.sink != "none",
     )
+
+
+def _maps(module: nn.Module, inputs: Any, _output: Any) -> Tensor:
+    assert isinstance(module, Attention)
+    return attention_maps(module, *inputs[:2])
 
 
 def _logits(model: Transformer, tokens_BS: Tensor) -> Tensor:

@@ -80,12 +80,16 @@ class Subject:
     find: Callable[[str], list[nn.Module]]
     """``attention`` or ``mlp`` -> that module of every block, or an error that says what there is."""
     find_linears: Callable[[], Iterator[Linear]]
+    maps_of: Callable[[nn.Module, Any, Any], Tensor]
+    """(attention, its positional inputs, its output) -> the weights on its keys, [B, Q, S, S]."""
     codec: Codec | None = None
     no_codec: str = "it has no tokenizer"
     """Why there is no ``codec``."""
     tokenizer: Any = None
     """The object behind ``codec``."""
     is_ours: bool = False
+    has_sink: bool = False
+    """Whether attention has a sink that is no key (softmax-1, a learned logit, a key-value bias)."""
     _shape: tuple[int, int] = field(default=(0, 0), repr=False)
 
     @cached_property
@@ -122,7 +126,7 @@ class Subject:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without a BOS token."""
         if self.codec is None:
-            raise UserError(f"{self.name}: {self.no_codec}; give token ids, the prefix of a .bin/.idx dataset of its own tokenizer")
+            raise UserError(f"{self.name}: {self.no_codec}. Or give token ids: the prefix of a .bin/.idx dataset of its own tokenizer")
         return self.codec.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -164,6 +168,24 @@ class Subject:
         handles: list[Any] = []
         try:
             handles += [module.register_forward_hook(partial(self._seen, see, i)) for i, module in enumerate(modules)]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def watch_maps(self, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Call ``see(layer, maps_BQSS)`` with the attention weights of each layer in the passes made inside, in fp32.
+
+        Rows are queries; where there is a sink that is no key, what a row lacks of 1 is on it. A foreign model must be opened eager.
+        """
+
+        def show(layer: int, module: nn.Module, inputs: Any, output: Any) -> None:
+            see(layer, self.maps_of(module, inputs, output).float())
+
+        handles: list[Any] = []
+        try:
+            handles += [module.register_forward_hook(partial(show, i)) for i, module in enumerate(self.attentions)]
             yield
         finally:
             for handle in handles:

@@ -90,15 +90,13 @@ def _documents(subject: Subject, source: str) -> Iterator[Document]:
 def _of_text(subject: Subject, text: str) -> Document:
     """Tokenised as far as asked, so that a long text costs what is used of it."""
     known: list[int] = []
+    used = 0  # characters of the text that are in known
 
     def first(count: int) -> list[int]:
-        nonlocal known
-        characters = count * CHARACTERS_A_TOKEN
-        while len(known) < count and (not known or characters < 2 * len(text)):
-            known = subject.encode(text[:characters])
-            if characters >= len(text):
-                break
-            characters *= 2
+        nonlocal known, used
+        while len(known) < count and used < len(text):
+            used = max(2 * used, count * CHARACTERS_A_TOKEN)
+            known = subject.encode(text[:used])
         return known[:count]
 
     return first

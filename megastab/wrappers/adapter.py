@@ -143,6 +143,10 @@ class Adapter(ABC):
         """The tensors the client optimizer is stepped on, in one order on all data-parallel ranks; every master lies in one of them."""
 
     @abstractmethod
+    def publish(self) -> None:
+        """Make every low-precision weight from its master, on every rank, outside a step (collective over data-parallel ranks)."""
+
+    @abstractmethod
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """This rank's accumulated gradient before it is reduced over data-parallel ranks; None where there is none."""
 

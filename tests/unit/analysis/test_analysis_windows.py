@@ -58,6 +58,16 @@ def test_a_folder_and_token_ids_are_sources_too(subject: Subject, tmp_path: Path
     assert text_windows(subject, tmp_path / "ids", 3, 2).tolist() == [[5, 6], [9, 10], [7, 8]]
 
 
+def test_every_window_of_a_text_is_there(subject: Subject, tmp_path: Path) -> None:
+    text = "".join(chr(40 + i % 80) for i in range(600))
+    (tmp_path / "some.txt").write_text(text)
+    for seq, number in ((20, 30), (7, 85), (48, 12)):
+        found = "".join(texts(subject, text_windows(subject, tmp_path / "some.txt", number, seq)))
+        assert found == text[: number * seq]
+        with pytest.raises(UserError, match=f"they make {number}"):
+            text_windows(subject, tmp_path / "some.txt", number + 1, seq)
+
+
 def test_a_long_text_is_tokenised_as_far_as_it_is_used(subject: Subject, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("x" * 100_000)
     asked: list[int] = []

@@ -53,7 +53,9 @@ def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # a crash in the middle of a line
     folder.drop_after(2)
-    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2] and lines(tmp_path / "events.jsonl") == []
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    (event,) = lines(tmp_path / "events.jsonl")
+    assert event == {"step": 4, "kind": "skip", "reason": "", "undone": True} and folder.told() == []
 
 
 def test_a_new_run_keeps_the_old_one_aside(tmp_path: Path) -> None:
