@@ -232,7 +232,9 @@ def test_the_command_writes_tables_and_a_picture(tmp_path: Path, capsys: pytest.
         assert found["accuracy"][rule]["right"] == right and found["accuracy"][rule]["share"] == right / 3
     assert [line["bytes"] for line in found["lines"]] == [[18, 6], [1, 2, 12], [2, 3]]
     assert (tmp_path / "out" / "choice.png").stat().st_size > 3000 and "per byte" in capsys.readouterr().out
-    run("choice", model, "--questions", path, "--limit", 1, "--bos", "without")
+    run("choice", model, "--questions", path, "--limit", 1, "--bos", "without", "--output", tmp_path / "other")
+    other = json.loads((tmp_path / "other" / "choice.json").read_text())
     assert "(0 contexts truncated)" in capsys.readouterr().out
+    assert other["bos"] is False and other["lines"][0]["scores"] != found["lines"][0]["scores"]
     with pytest.raises(UserError, match="--limit 0"):
         run("choice", model, "--questions", path, "--limit", 0)

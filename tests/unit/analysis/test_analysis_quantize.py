@@ -205,7 +205,9 @@ def test_penalties_are_differences_of_perplexity_on_the_evaluated_windows() -> N
     found = probe(asked, windows, recipes=RECIPES[4:])
     assert found.perplexity == perplexity(asked, TOKENS) and [each.recipe for each in found.penalties] == list(RECIPES[4:])
     linears = list(asked.linears())
-    with quantised(linears, RECIPES[5], input_ranges(asked, linears, OTHERS, 1)):
+    ranges = input_ranges(asked, linears, OTHERS, 1)
+    assert found.ranges == list(zip(linears, ranges, strict=True)), "scales are of the other windows"
+    with quantised(linears, RECIPES[5], ranges):
         four = perplexity(asked, TOKENS)
     assert found.penalties[1] == Penalty(RECIPES[5], four, four - found.perplexity) and four != found.perplexity
 
