@@ -20,6 +20,7 @@ def main() -> None:
     go.add_argument("folder", metavar="RUN_OR_CHECKPOINT", help="run folder (its newest checkpoint), or one checkpoint")
     go.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: %(default)s)")
     go.add_argument("--tokenizer", type=Path, metavar="PATH", help=".model file, or folder of tokenizer files (default: the run's)")
+    go.add_argument("--modeling-file", action="store_true", help="with code of its own where Hugging Face has no architecture for it")
     for command in (come, go):
         command.add_argument("out", metavar="OUT", help="folder to make; it must not exist")
     arguments = parser.parse_args()
@@ -27,7 +28,7 @@ def main() -> None:
     from megastab.config.errors import UserError
 
     try:
-        bring(arguments) if arguments.command == "import" else send(arguments)
+        (bring if arguments.command == "import" else send)(arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
 
@@ -38,7 +39,7 @@ def bring(arguments: argparse.Namespace) -> None:
 
     made = import_model(arguments.folder, arguments.out, arguments.max_seq_len)
     print(f"{made.folder}: weights, tokenizer and config.json; give it your data where it says {FILL_IN}")
-    print(*(f"  note: {note}" for note in made.notes), sep="\n", end="\n" if made.notes else "")
+    print("".join(f"  note: {note}\n" for note in made.notes), end="")
 
 
 def send(arguments: argparse.Namespace) -> None:
@@ -46,14 +47,11 @@ def send(arguments: argparse.Namespace) -> None:
     from megastab.checkpoint.hf_export import bytes_of, export_model
     from megastab.engine.inference import find_checkpoint
 
-    folder = Path(arguments.folder)
-    checkpoint = find_checkpoint(folder) if (folder / "checkpoints").is_dir() else folder
-    made = export_model(checkpoint, arguments.out, bytes_of(arguments.max_shard_size), arguments.tokenizer)
-    said = made.check["result"]
-    if said == "equal":
-        said = f"logits equal transformers' to {made.check['max_abs_difference']:.1e} (largest {made.check['max_abs_logit']:.3g})"
-    print(f"{made.folder}: {made.kind}, from {checkpoint}; {said}")
-    print(*(f"  note: {note}" for note in made.notes), sep="\n", end="\n" if made.notes else "")
+    checkpoint, size = Path(arguments.folder), bytes_of(arguments.max_shard_size)
+    checkpoint = find_checkpoint(checkpoint) if (checkpoint / "checkpoints").is_dir() else checkpoint
+    made = export_model(checkpoint, arguments.out, size, arguments.tokenizer, arguments.modeling_file)
+    print(f"{made.folder}: {made.kind}, from {checkpoint}; {made.said}")
+    print("".join(f"  note: {note}\n" for note in made.notes), end="")
 
 
 if __name__ == "__main__":

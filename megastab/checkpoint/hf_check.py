@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megastab.checkpoint.hf_files import CONFIG, read_json
+from megastab.checkpoint.hf_modeling import KIND, load_own
 from megastab.checkpoint.init_from import Start, fill
 from megastab.config.errors import UserError
 from megastab.config.schema import Megastab
@@ -40,10 +41,10 @@ def check_logits(folder: Path, start: Start) -> dict[str, Any]:
     import transformers
 
     kind = read_json(folder / CONFIG)["model_type"]
-    if kind not in transformers.CONFIG_MAPPING:
+    if kind != KIND and kind not in transformers.CONFIG_MAPPING:
         return {"result": f"not run: transformers {transformers.__version__} does not know {kind}"}
     tokens = random_tokens(start)
-    ours, theirs = _ours(start, tokens), _theirs(folder, tokens)
+    ours, theirs = _ours(start, tokens), _theirs(folder, kind, tokens)
     difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
     limit = TOLERANCE * max(1.0, largest)
     found = {
@@ -77,8 +78,9 @@ def _ours(start: Start, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _theirs(folder: Path, tokens: Tensor) -> Tensor:
+def _theirs(folder: Path, kind: str, tokens: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()  # the argument for it has another name in every version
+    loaded = load_own(folder) if kind == KIND else AutoModelForCausalLM.from_pretrained(folder)
+    model = loaded.float().eval()  # the argument for it has another name in every version
     return model(tokens).logits

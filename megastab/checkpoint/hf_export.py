@@ -19,6 +19,7 @@ from megastab.checkpoint import hf_check
 from megastab.checkpoint.hf_config import kind_of, write_model
 from megastab.checkpoint.hf_files import CONFIG, INDEX, WHOLE, read_json
 from megastab.checkpoint.hf_import import fresh_partial
+from megastab.checkpoint.hf_modeling import KIND, own_config, own_homes, write_code
 from megastab.checkpoint.hf_names import Home, homes_of, shape_of, tenants_of
 from megastab.checkpoint.hf_tokenizer import FOLDER as TOKENIZER
 from megastab.checkpoint.hf_tokenizer import GENERATION, export_tokenizer
@@ -26,6 +27,7 @@ from megastab.checkpoint.init_from import Start, open_start
 from megastab.checkpoint.safetensors_file import Entry, write_file
 from megastab.checkpoint.weight_source import VOCABULARY, stored_dtype
 from megastab.config.errors import UserError
+from megastab.config.schema import ModelConfig
 from megastab.config.vocab import padded_vocab
 
 SHARD_BYTES = 5 * 10**9
@@ -43,6 +45,13 @@ class Exported:
     """What ``logit_check.json`` holds."""
     notes: tuple[str, ...]
 
+    @property
+    def said(self) -> str:
+        """The check in words."""
+        if (result := str(self.check["result"])) != "equal":
+            return f"logit check {result}"
+        return f"logits equal transformers' to {self.check['max_abs_difference']:.1e} (largest {self.check['max_abs_logit']:.3g})"
+
 
 def bytes_of(text: str) -> int:
     """``5GB`` in bytes (powers of ten, as transformers counts)."""
@@ -52,7 +61,13 @@ def bytes_of(text: str) -> int:
     return size
 
 
-def export_model(checkpoint: str | Path, out: str | Path, max_shard_bytes: int = SHARD_BYTES, tokenizer: Path | None = None) -> Exported:
+def export_model(
+    checkpoint: str | Path,
+    out: str | Path,
+    max_shard_bytes: int = SHARD_BYTES,
+    tokenizer: Path | None = None,
+    has_code: bool = False,
+) -> Exported:
     """Export a checkpoint folder (or an import).
 
     Args:
@@ -60,25 +75,39 @@ def export_model(checkpoint: str | Path, out: str | Path, max_shard_bytes: int =
         out: what to make; it must not exist, and appears when the check has passed.
         max_shard_bytes: of a weights file; a larger tensor has one of its own.
         tokenizer: a ``.model`` file or a folder of tokenizer files; None takes what the run's config names.
+        has_code: whether a model no architecture of Hugging Face expresses goes out with a modelling file of its own.
 
     Raises:
         UserError: Hugging Face cannot express the model (the keys are named), the checkpoint cannot be read, ``out`` exists, or the
             exported model's logits are not ours.
     """
     start, out = open_start(checkpoint), Path(out)
-    kind = kind_of(start.model)
-    homes = homes_of(start.model, kind)
+    kind = _kind(start.model, has_code)
+    homes = own_homes(start.model) if kind == KIND else homes_of(start.model, kind)
     _check_whole(start, homes)
     partial = fresh_partial(out)
     write_shards(start, homes, partial, max_shard_bytes)
     ids, notes = export_tokenizer(tokenizer or _tokenizer_of(start.path), start.model.vocab_size or 0, partial)
     dtype = str(stored_dtype(start.source)).removeprefix("torch.")
-    _write_json(partial / CONFIG, write_model(start.model, kind, dtype, ids))
+    if kind == KIND:
+        write_code(partial)
+        _write_json(partial / CONFIG, own_config(start.model, homes, dtype, ids))
+    else:
+        _write_json(partial / CONFIG, write_model(start.model, kind, dtype, ids))
     _write_json(partial / GENERATION, {"_from_model_config": True, **ids})
     check = hf_check.check_logits(partial, start)
     _write_json(partial / hf_check.FILE, check)
     partial.rename(out)
     return Exported(out, kind, check, tuple(notes))
+
+
+def _kind(model: ModelConfig, has_code: bool) -> str:
+    try:
+        return kind_of(model)
+    except UserError as error:
+        if has_code:
+            return KIND
+        raise UserError(f"{error}. With --modeling-file it goes out with code of its own (trust_remote_code)") from None
 
 
 def _check_whole(start: Start, homes: dict[str, Home]) -> None:

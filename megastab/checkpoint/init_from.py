@@ -6,7 +6,7 @@ Every rank reads the rows it holds and no others, so there is no collective and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from megastab.checkpoint.weights import FOLDER
 from megastab.config.errors import UserError
 from megastab.config.schema import ModelConfig
 from megastab.model.init import Held, whole
-from megastab.parallel.param_info import ParamInfo, info_of
+from megastab.parallel.param_info import Part, info_of
+from megastab.wrappers.adapter import Fragment, cut_by_part
 
 # Keys that say how to train or where to begin, not what the network computes.
 _FREE = ("init", "dropout")
@@ -113,7 +114,9 @@ def fill(module: nn.Module, start: Start, held: Callable[[nn.Parameter], Held] =
         assert info is not None, "every parameter of a megastab model is described"
         for part in info.parts:
             _check_part(part.name, (part.global_rows, *([info.width] if info.width else [])), start, known)
-        _fill_parameter(info, *held(parameter), start.source)
+        local, first = held(parameter)
+        for part, begin, here in cut_by_part(info, first, local.numel()):
+            _copy(local[here], part, info.width or 1, begin, start.source)
 
 
 def _check_part(name: str, wanted: tuple[int, ...], start: Start, known: set[str]) -> None:
@@ -123,18 +126,11 @@ def _check_part(name: str, wanted: tuple[int, ...], start: Start, known: set[str
         raise UserError(f"{start.path}: {name} is {found}, the model wants {wanted}: its weights are of another model")
 
 
-def _fill_parameter(info: ParamInfo, local: Tensor, first: int, source: WeightSource) -> None:
-    """``local``: elements [first, first + n) of the rank-local parameter, which is its parts one after the other."""
-    width, offset = info.width or 1, 0
-    for part in info.parts:
-        stop = offset + part.rows * width
-        low, high = max(first, offset), min(first + local.numel(), stop)
-        if low < high:
-            row, last = (low - offset) // width, -(-(high - offset) // width)  # the rows these elements lie in
-            rows = source.rows(part.name, part.start + row, part.start + last).reshape(-1)
-            skipped = low - offset - row * width
-            local[low - first : high - first].copy_(rows[skipped : skipped + high - low])
-        offset = stop
+def _copy(target: Tensor, part: Part, width: int, first: int, source: WeightSource) -> None:
+    """Into ``target`` (1-D): elements from ``first`` on of the rank-local matrix of ``part``."""
+    row, stop = first // width, -(-(first + target.numel()) // width)  # the rows these elements lie in
+    rows = source.rows(part.name, part.start + row, part.start + stop).reshape(-1)
+    target.copy_(rows[first - row * width :][: target.numel()])
 
 
 def start_weights(module: nn.Module, path: str, model: ModelConfig, held: Callable[[nn.Parameter], Held] = whole) -> None:
@@ -142,3 +138,11 @@ def start_weights(module: nn.Module, path: str, model: ModelConfig, held: Callab
     start = open_start(path)
     check_fit(start, model)
     fill(module, start, held)
+
+
+@torch.no_grad()
+def start_masters(fragments: Iterable[Fragment], path: str) -> None:
+    """Give fp32 masters the numbers as they are stored: an engine makes them of weights it has rounded to 16 bits."""
+    source = open_start(path).source
+    for fragment in fragments:
+        _copy(fragment.master, fragment.part, fragment.info.width or 1, fragment.start, source)

@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from megastab.checkpoint.init_from import start_weights
+from megastab.checkpoint.init_from import start_masters, start_weights
 from megastab.config.config import Config
 from megastab.config.schema import Megastab
 from megastab.engine.step import complete_gradients
@@ -126,6 +126,8 @@ def build(config: Config, grid: Grid, is_new: bool = True) -> Built:
             mpu=grid.mpu() if grid.pp.size == 1 else None,
         )
     adapter = bind(engine, grid)
+    if is_new and block.run.init_from is not None:
+        start_masters(adapter.fragments(), block.run.init_from)
     if rotated := bind_ortho_adam(adapter, grid):
         groups = f"{groups}\n  OrthoAdam: {rotated}"
     complete_gradients(adapter)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceTrainer
 from transformers import AutoTokenizer
 
 from megastab.checkpoint.hf_export import export_model
@@ -43,6 +44,30 @@ def test_transformers_reads_ours_as_we_do(models: dict[str, Tokenizer], tmp_path
     assert notes == [] and len(theirs) == 400 and len(found) > 40
     assert found == ours.encode(TEXT) and theirs.decode(found) == TEXT
     assert ids == {"bos_token_id": None, "eos_token_id": ours.eod, "pad_token_id": None} and theirs.eos_token_id == ours.eod
+
+
+def test_model_that_knows_a_beginning_does_not_get_one(tmp_path: Path) -> None:
+    """A foreign SentencePiece model, with <s>, </s> and a space before the first word, as LLaMA's."""
+    (tmp_path / "text.txt").write_text(Path(__file__).read_text())
+    settings = {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2, "normalization_rule_name": "identity"}
+    SentencePieceTrainer.train(input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "foreign"), **settings)
+    ours, folder = Tokenizer(tmp_path / "foreign.model"), out(tmp_path)
+    ids, _ = export_tokenizer(tmp_path / "foreign.model", 400, folder)
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    assert theirs("import json")["input_ids"] == ours.encode("import json") and ids["eos_token_id"] == 2
+    assert (theirs.bos_token, theirs.eos_token, len(theirs)) == ("<s>", "</s>", 400)
+
+
+def test_run_names_its_own(models: dict[str, Tokenizer], tmp_path: Path) -> None:
+    folder = save(a_model("llama tied", vocab_size=400), tmp_path / "in")
+    checkpoint = import_model(folder, tmp_path / "run" / "checkpoints" / "step00000001").folder
+    written = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "megastab.json").write_text(json.dumps({"model": written["megastab"]["model"]}))
+    named = {**written["megastab"], "data": {"tokenizer": models["bpe"].path}, "run": {"init_from": None}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"megastab": named}))
+    back = export_model(checkpoint, tmp_path / "back").folder
+    assert (back / "tokenizer.model").read_bytes() == Path(models["bpe"].path).read_bytes()
 
 
 def test_unigram_model_is_written_for_sentencepiece_alone(models: dict[str, Tokenizer], tmp_path: Path) -> None:
