@@ -27,6 +27,7 @@ from megastab.data.tokenizer import Tokenizer
 
 PARTIAL = ".partial"
 FILL_IN = "FILL_IN"
+HUGGING_FACE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def import_model(folder: str | Path, out: str | Path, max_seq_len: int | None = 
     write_weights(start.source, partial / FOLDER / "imported.safetensors")
     notes = copy_tokenizer(files.folder, files.config, partial / TOKENIZER)
     tokenizer, said = _usable_tokenizer(partial / TOKENIZER, start)
-    config = config_for(start, out, str(out / TOKENIZER / SENTENCEPIECE) if tokenizer else None)
+    config = config_for(start, out, str(out / TOKENIZER / tokenizer) if tokenizer else None)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     partial.rename(out)
     return Imported(out, (*notes, *said, *_padding_note(start)))
@@ -82,24 +83,24 @@ def write_weights(source: WeightSource, path: Path) -> None:
     write_file(path, entries, whole, {"starts": json.dumps(dict.fromkeys(entries, 0))})
 
 
-def _usable_tokenizer(folder: Path, start: Start) -> tuple[bool, list[str]]:
-    """Whether our data tools can use the tokenizer, which they do where it is SentencePiece's; and what to say."""
-    path = folder / SENTENCEPIECE
-    if not path.is_file():
-        return False, [
-            f"no {SENTENCEPIECE}: prepare the data with the model's own tokenizer (Megatron's .bin/.idx files train, whatever made them); "
-            f"megastab.data.tokenizer is null"
-        ]
-    try:
-        size = Tokenizer(path).vocab_size
-    except UserError:
-        return False, [
-            f"{SENTENCEPIECE} is not a SentencePiece model (Llama 3 gives other files that name): megastab.data.tokenizer is null"
-        ]
-    if size != start.model.vocab_size:
-        said = f"{SENTENCEPIECE} has {size} pieces, the model {start.model.vocab_size} tokens: megastab.data.tokenizer is null"
-        return False, [said]
-    return True, []
+def _usable_tokenizer(folder: Path, start: Start) -> tuple[str | None, list[str]]:
+    """Which of the tokenizer's files our data tools can use, and what to say where it is none."""
+    said = []
+    for name in (SENTENCEPIECE, HUGGING_FACE):
+        if not (folder / name).is_file():
+            continue
+        try:
+            size = Tokenizer(folder / name).vocab_size
+        except UserError as error:  # Llama 3 gives another kind of file SentencePiece's name
+            said.append(f"{error}: megastab.data.tokenizer is null")
+            continue
+        if size == start.model.vocab_size:
+            return name, []
+        said.append(f"{name} has {size} pieces, the model {start.model.vocab_size} tokens: megastab.data.tokenizer is null")
+    return None, said or [
+        f"no {SENTENCEPIECE} and no {HUGGING_FACE}: prepare the data with the model's own tokenizer (Megatron's .bin/.idx files train, "
+        f"whatever made them); megastab.data.tokenizer is null"
+    ]
 
 
 def _padding_note(start: Start) -> list[str]:

@@ -188,7 +188,7 @@ class DataConfig(Section):
     valid: list[tuple[PositiveFloat, str]] = Field(default=[])
     """The same for evaluation; empty switches evaluation off."""
     tokenizer: str | None = None
-    """SentencePiece ``.model`` file; checked against the vocabulary the data was written with."""
+    """SentencePiece ``.model`` or Hugging Face ``tokenizer.json`` file; checked against the vocabulary the data was written with."""
     document_mask: bool = False
     """Attention stays inside a document, and the first token of a document is no target."""
     skip: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(default=[])
