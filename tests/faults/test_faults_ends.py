@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.faults.planted import AtMoment, pretrain
-from tests.launching import curve
+from tests.launching import curve, launch
 from tests.ranks import start_job
 
 STEPS = 8
@@ -184,3 +184,9 @@ def test_a_second_run_in_the_folder_is_refused(config: dict[str, Any], tmp_path:
     codes, text = run_to_its_end(config, tmp_path / "log")
     assert codes == [2, 2] and text.count("error: ") == 1 and f"in use by another run (process {os.getpid()} on" in text, text
     assert lock.path.exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_launcher_hands_the_exit_code_on(config_file: Path, tmp_path: Path) -> None:
+    done = launch("--deepspeed_config", str(config_file), script="tests/faults/asked_to_stop.py", timeout=180)
+    assert done.code == 85 and "SIGTERM: saved, and left" in done.text and "Traceback" not in done.text, done.text
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step00000002"
