@@ -115,7 +115,6 @@ def rewind(trainer: Trainer, verdict: Verdict) -> None:
         return
     _end_if_in_vain(trainer, verdict)
     taken = Rewind(trainer.step, Manifest.read(good).step, samples, verdict.rewind)
-    trainer.heart.beat(trainer.step, "going back")
     if folder.is_writer:
         store.go_back(good)
     rewinds.add(taken, folder.is_writer)

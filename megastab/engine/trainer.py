@@ -127,6 +127,7 @@ class Trainer:
 
     def load(self, where: Path) -> Manifest:
         """Weights, optimizer and position of a checkpoint (collective over the job)."""
+        self.heart.beat(self.step, "loading")
         manifest = store.load(self.engine, where)
         self.step, self.data.train.consumed = manifest.step, manifest.consumed
         self._saved_step = self.step
