@@ -260,9 +260,9 @@ class RunConfig(Section):
     """``torch.compile`` of the blocks, in pieces between collectives where tensor > 1."""
     deterministic: bool = False
     """Ask torch for deterministic kernels (slower on accelerators; CPU runs are deterministic anyway)."""
-    hang_seconds: PositiveFloat | None = 1800.0
-    """Seconds without progress after which every rank ends the job and names the ranks that lag (exit code 87); longer than the longest
-    step, save or compilation; ``null``: never."""
+    hang_seconds: PositiveFloat | None = 1500.0
+    """Seconds without progress after which every rank ends the job and names the ranks that lag (exit code 87). Longer than the longest
+    step, save or compilation, and shorter than the backend's own limit (30 minutes), which names nobody; ``null``: never."""
     stop_seconds: PositiveFloat | None = 300.0
     """Seconds from SIGTERM, SIGUSR1 or Ctrl-C in which a run must have saved and left before it is ended as it is; ``null``: no limit."""
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from functools import cache
 from pathlib import Path
 
 HOST = socket.gethostname()
 PROC = Path("/proc")
+
+
+def space() -> str:
+    """Within which process ids mean anything: containers of one host name may have their own."""
+    try:
+        return os.readlink(PROC / "self/ns/pid")
+    except OSError:
+        return ""
 
 
 def started(pid: int) -> str | None:

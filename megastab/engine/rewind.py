@@ -1,8 +1,8 @@
-"""What a run has taken back, and the samples it leaves out since: ``skips.json`` in the run folder.
+"""Going back to the last good checkpoint, and what a run leaves out since: ``skips.json`` in the run folder.
 
-It is written the moment a run goes back, after the checkpoints of the steps taken back are gone: a crash before it meets the same samples
-again and goes back again; a crash after it knows what to leave out. Reading it twice, or beside a checkpoint that knows of it, changes
-nothing.
+The file is written the moment a run goes back, after the checkpoints of the steps taken back are gone: a crash before it meets the same
+samples again and goes back again; a crash after it knows what to leave out. Reading it twice, or beside a checkpoint that knows of it,
+changes nothing.
 """
 
 from __future__ import annotations
@@ -11,11 +11,19 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megastab.config.errors import UserError
+from megastab.checkpoint import store
+from megastab.checkpoint.manifest import Manifest
+from megastab.config.errors import TrainingEnded, UserError
 from megastab.data.skips import Skips
+from megastab.parallel import collectives
+from megastab.stability.controller import go_back
+from megastab.stability.policy import Verdict
 from megastab.stability.record import Event
+
+if TYPE_CHECKING:
+    from megastab.engine.trainer import Trainer
 
 FILE = "skips.json"
 
@@ -45,6 +53,7 @@ class Rewinds:
     def __init__(self, folder: Path, taken: list[Rewind] | None = None):
         self.path = folder / FILE
         self.taken = taken or []
+        self.has_said_no_checkpoint = False
 
     @classmethod
     def read(cls, folder: Path) -> Rewinds:
@@ -85,3 +94,44 @@ class Rewinds:
 def _pair(value: Any) -> tuple[int, int]:
     first, last = value
     return int(first), int(last)
+
+
+def rewind(trainer: Trainer, verdict: Verdict) -> None:
+    """Go back to the last good checkpoint and leave out the samples of the bad steps (collective over the job).
+
+    Raises:
+        TrainingEnded: the run has gone back too often without getting any further.
+    """
+    assert verdict.first_bad_step is not None
+    train, rewinds, folder = trainer.data.train, trainer.rewinds, trainer.folder
+    num_bad = trainer.step - verdict.first_bad_step + 1
+    samples = train.skips.back(train.consumed, num_bad * trainer.config.global_batch), train.consumed - 1
+    trainer.tell_saved(trainer.saver.finish())  # what is still on its way may be the one
+    damaged: list[str] = []
+    good = store.newest_before(trainer.checkpoints, verdict.first_bad_step, damaged.append)
+    trainer.tell([Event(trainer.step, "warning", said) for said in damaged])
+    if good is None:
+        if not rewinds.has_said_no_checkpoint:
+            why = f"{verdict.rewind}, and there is no checkpoint before them to go back to: the run goes on"
+            trainer.tell([Event(trainer.step, "warning", why, {"samples": list(samples)})])
+        rewinds.has_said_no_checkpoint = True
+        return
+    _end_if_in_vain(trainer, verdict)
+    taken = Rewind(trainer.step, Manifest.read(good).step, samples, verdict.rewind)
+    if folder.is_writer:
+        store.go_back(good)
+    rewinds.add(taken, folder.is_writer)
+    trainer.forget_after(taken.to_step)
+    trainer.tell([taken.event(good.name)])
+    go_back(trainer.built.controller, trainer.load(good).stability)
+    trainer.leave_out(rewinds.skips)
+
+
+def _end_if_in_vain(trainer: Trainer, verdict: Verdict) -> None:
+    count = trainer.rewinds.in_vain(trainer.step)
+    if count >= trainer.config.megastab.stability.policy.max_rewinds:
+        collectives.fail_alike(
+            f"training stopped: {verdict.rewind}, after {count} rewinds without a step beyond the furthest (policy.max_rewinds). "
+            f"Resume with a lower optimizer.params.lr, or look at the samples that {trainer.rewinds.path} names",
+            TrainingEnded,
+        )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megastab.config.errors import UserError
-from megastab.engine.processes import HOST, is_gone, started
+from megastab.engine.processes import HOST, is_gone, space, started
 from megastab.telemetry.sinks import RunFolder
 
 FILE = "lock"
@@ -35,7 +35,8 @@ class RunLock:
         """Lock a run folder, made if it is not there; an error if a live run holds it."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
-        mine = {"host": HOST, "pid": os.getpid(), "mark": started(os.getpid()), "since": datetime.now().isoformat(timespec="seconds")}
+        mine = {"host": HOST, "space": space(), "pid": os.getpid(), "mark": started(os.getpid())}
+        mine["since"] = datetime.now().isoformat(timespec="seconds")
         while True:
             try:
                 with open(path, "x") as file:
@@ -96,7 +97,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_dead(path: Path, holder: dict[str, Any]) -> bool:
-    if holder.get("host") == HOST and isinstance(holder.get("pid"), int):
+    if (holder.get("host"), holder.get("space")) == (HOST, space()) and isinstance(holder.get("pid"), int):
         return holder["pid"] == os.getpid() or is_gone(holder["pid"], str(holder.get("mark") or ""))
     began, seen = time.monotonic(), path.stat().st_mtime
     probe = path.with_name(f"{FILE}.{HOST}.{os.getpid()}")

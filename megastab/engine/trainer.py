@@ -14,13 +14,12 @@ from megastab.checkpoint import store
 from megastab.checkpoint.manifest import Manifest
 from megastab.checkpoint.saver import Outcome, Saver
 from megastab.config.config import Config
-from megastab.config.errors import TrainingEnded
 from megastab.data.skips import Skips
 from megastab.data.training import TrainingData
 from megastab.engine.build import Built, build
 from megastab.engine.heartbeat import Heart
 from megastab.engine.replay import replay
-from megastab.engine.rewind import Rewind, Rewinds
+from megastab.engine.rewind import Rewinds, rewind
 from megastab.engine.run_lock import RunLock, lock_folder
 from megastab.engine.signals import StopRequest
 from megastab.engine.train_step import Stepper
@@ -28,9 +27,7 @@ from megastab.engine.watch import watching
 from megastab.model.counts import flops_per_token, num_parameters
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
-from megastab.stability.controller import go_back
 from megastab.stability.events import events_of_step
-from megastab.stability.policy import Verdict
 from megastab.stability.record import Event, StepRecord
 from megastab.telemetry.pictures import figure_of_heads, figure_of_sample, image_of
 from megastab.telemetry.sampler import Sample, Sampler
@@ -58,11 +55,11 @@ class Trainer:
     def __init__(self, config: Config, grid: Grid, data: TrainingData):
         self.config, self.grid, self.data = config, grid, data
         run, rank = config.megastab.run, collectives.world()[0]
-        self.step = 0
+        self.step, self.checkpoints = 0, Path(run.dir) / CHECKPOINTS
         # Before anything is built or written: a checkpoint that does not fit must leave its folder as it is.
         wanted = Manifest.of(config, 0, 0, data.tokenizer)
         self.damaged: list[str] = []
-        self.origin = store.find(run.resume, Path(run.dir) / CHECKPOINTS, wanted, self.damaged.append)
+        self.origin = store.find(run.resume, self.checkpoints, wanted, self.damaged.append)
         with collectives.together("reading what was taken back"):
             self.rewinds = Rewinds(Path(run.dir)) if run.resume == "none" else Rewinds.read(Path(run.dir))
         self.rewinds.taken = collectives.from_first(self.rewinds.taken)  # a slow file system may show another rank less
@@ -76,17 +73,14 @@ class Trainer:
         """What rewinds have left out, here and in the run this one goes on from."""
         self.built: Built = build(config, grid, is_new=self.origin is None)
         self.engine: Any = self.built.engine
-        self.saver = Saver(
-            self.built.adapter, grid, self.folder.path / CHECKPOINTS, run.keep_last, run.keep_every, in_background=run.async_save
-        )
+        self.saver = Saver(self.built.adapter, grid, self.checkpoints, run.keep_last, run.keep_every, in_background=run.async_save)
         self.stepper = Stepper(self.engine, config, grid)
         self.built.controller.read_loss = self.stepper.loss_at_norm
         self.sampler = Sampler(config.megastab.telemetry, self.built.controller, config.megastab.model.num_layers)
         self.flops = flops_per_token(config.megastab.model)
         self.last: StepRecord | None = None
         self._saved_step, self._unsaved = 0, False
-        self._has_said_no_checkpoint = False
-        self._leave_out(self.left_out)
+        self.leave_out(self.left_out)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -124,32 +118,35 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the checkpoint the config names, if there is one (collective over the job)."""
         if self.origin is None:
-            self._forget_after(0)  # of a run that ended before its first checkpoint
+            self.forget_after(0)  # of a run that ended before its first checkpoint
             return
-        manifest = self._load(self.origin)
-        self._leave_out(Skips.of(manifest.skips))
+        manifest = self.load(self.origin)
+        self.leave_out(Skips.of(manifest.skips))
         for change in self.built.controller.load_state_dict(manifest.stability):
             self.folder.event(Event(self.step, "settings", change))
             self.folder.say(f"  note: {change}")
-        self._forget_after(self.step)
-        self._tell([Event(self.step, "warning", said) for said in self.damaged])
+        self.forget_after(self.step)
+        self.tell([Event(self.step, "warning", said) for said in self.damaged])
         change = manifest.change_of_shape(self.manifest())
         self.folder.event(Event(self.step, "resume", f"from {self.origin}{f' in another shape: {change}' if change else ''}"))
         if change:
             self.folder.say(f"  the checkpoint has another shape: {change}")
         self.folder.say(f"resumed from {self.origin} at step {self.step}, {manifest.consumed} samples consumed")
 
-    def _load(self, where: Path) -> Manifest:
+    def load(self, where: Path) -> Manifest:
+        """Weights, optimizer and position of a checkpoint (collective over the job)."""
+        self.heart.beat(self.step, "loading")
         manifest = store.load(self.built.adapter, where)
         self.step, self.data.train.consumed = manifest.step, manifest.consumed
         self._saved_step = self.step
         return manifest
 
-    def _leave_out(self, more: Skips) -> None:
+    def leave_out(self, more: Skips) -> None:
+        """From here on, without these samples."""
         self.left_out |= more
         self.data.train.skips = Skips.of(self.config.megastab.data.skip) | self.left_out
 
-    def _forget_after(self, step: int) -> None:
+    def forget_after(self, step: int) -> None:
         """What was logged after ``step`` comes again."""
         self.folder.drop_after(step)
         self.sampler.remember(self.folder.told())
@@ -160,14 +157,14 @@ class Trainer:
         """Run to the last step; the final weights are evaluated and saved. False if the run was stopped before, and saved."""
         run, total = self.config.megastab.run, self.config.total_steps
         if self.step == 0 and (said := self.built.controller.start_warning()):
-            self._tell([Event(0, "warning", said)])
+            self.tell([Event(0, "warning", said)])
         while self.step < total:
             if self.stop.poll():
                 self._leave()
                 return False
             self.heart.beat(self.step, "training")
             record, extra = self.take_step()
-            self._tell_saved(self.saver.poll())
+            self.tell_saved(self.saver.poll())
             if self.step < record.step:
                 continue  # it went back
             is_last = self.step == total
@@ -177,19 +174,19 @@ class Trainer:
                 self.evaluate()
             if is_last or (run.save_interval and self.step % run.save_interval == 0):
                 self.save()
-        self._tell_saved(self.saver.finish())
+        self.tell_saved(self.saver.finish())
         return True
 
     def _leave(self) -> None:
         """Asked to stop: save what is not, and say so."""
         if self.step > self._saved_step:
             self.save()
-        self._tell_saved(self.saver.finish())
+        self.tell_saved(self.saver.finish())
         if collectives.from_first(self._unsaved):
             collectives.fail_alike("asked to stop, but the last steps could not be saved: older checkpoints stand")
         self.stop.saved()
         asked = ", ".join(sorted({name for name in collectives.gather_objects(self.stop.asked) if name}))
-        self._tell([Event(self.step, "stop", f"{asked}: saved, and left; megastab.run.resume = auto goes on from here")])
+        self.tell([Event(self.step, "stop", f"{asked}: saved, and left; megastab.run.resume = auto goes on from here")])
 
     def take_step(self) -> tuple[StepRecord, dict[str, float]]:
         """One optimizer step and its record."""
@@ -214,51 +211,13 @@ class Trainer:
             self._publish_sample(sample)
         samples = self.data.train.last_step
         assert samples is not None
-        self._tell(events_of_step(controller, record, verdict, samples, self.data.train.skips.within(*samples)))
+        self.tell(events_of_step(controller, record, verdict, samples, self.data.train.skips.within(*samples)))
         if controller.policy.wants_replay:
             found = replay(self.engine, self.stepper, controller, batches)
-            self._tell([Event(self.step, "replay", found.describe(), found.facts())])
+            self.tell([Event(self.step, "replay", found.describe(), found.facts())])
         if verdict.rewind:
-            self._rewind(verdict)
+            rewind(self, verdict)
         return record, extra
-
-    def _rewind(self, verdict: Verdict) -> None:
-        """Go back to the last good checkpoint and leave out the samples of the bad steps (collective over the job).
-
-        Raises:
-            TrainingEnded: the run has gone back too often without getting any further.
-        """
-        assert verdict.first_bad_step is not None
-        train, bad_steps = self.data.train, self.step - verdict.first_bad_step + 1
-        samples = train.skips.back(train.consumed, bad_steps * self.config.global_batch), train.consumed - 1
-        self._tell_saved(self.saver.finish())  # what is still on its way may be the one
-        damaged: list[str] = []
-        good = store.newest_before(self.folder.path / CHECKPOINTS, verdict.first_bad_step, damaged.append)
-        self._tell([Event(self.step, "warning", said) for said in damaged])
-        if good is None:
-            if not self._has_said_no_checkpoint:
-                why = f"{verdict.rewind}, and there is no checkpoint before them to go back to: the run goes on"
-                self._tell([Event(self.step, "warning", why, {"samples": list(samples)})])
-            self._has_said_no_checkpoint = True
-            return
-        self._end_if_in_vain(verdict)
-        rewind = Rewind(self.step, Manifest.read(good).step, samples, verdict.rewind)
-        self.heart.beat(self.step, "going back")
-        if self.folder.is_writer:
-            store.go_back(good)
-        self.rewinds.add(rewind, self.folder.is_writer)
-        self._forget_after(rewind.to_step)
-        self._tell([rewind.event(good.name)])
-        go_back(self.built.controller, self._load(good).stability)
-        self._leave_out(self.rewinds.skips)
-
-    def _end_if_in_vain(self, verdict: Verdict) -> None:
-        most = self.config.megastab.stability.policy.max_rewinds
-        if (count := self.rewinds.in_vain(self.step)) >= most:
-            why = f"training stopped: {verdict.rewind}, after {count} rewinds without a step beyond the furthest (policy.max_rewinds)"
-            collectives.fail_alike(
-                f"{why}. Resume with a lower optimizer.params.lr, or look at the data {self.rewinds.path} names", TrainingEnded
-            )
 
     def _publish(self, record: StepRecord, extra: dict[str, float]) -> None:
         self.last = record
@@ -277,9 +236,9 @@ class Trainer:
                 picture_to_monitor(monitor, sample.step, PICTURE, image_of(figure_of_sample(sample)))
             if sample.attention and draws_pictures(monitor):
                 picture_to_monitor(monitor, sample.step, HEADS_PICTURE, image_of(figure_of_heads(sample)))
-        self._tell(self.sampler.events(sample))
+        self.tell(self.sampler.events(sample))
 
-    def _tell(self, events: Sequence[Event]) -> None:
+    def tell(self, events: Sequence[Event]) -> None:
         """Into events.jsonl, and what a person at the console should not miss there as well."""
         for event in events:
             self.folder.event(event)
@@ -292,7 +251,7 @@ class Trainer:
             return None
         loss = self.stepper.evaluate(self.data.valid, self._goes_on)
         if loss is None:
-            self._tell([Event(self.step, "stop", "the evaluation of this step was left out")])
+            self.tell([Event(self.step, "stop", "the evaluation of this step was left out")])
             return None
         values = {"valid_loss": loss}
         said = f"valid loss {loss:.4f}  perplexity {math.exp(min(loss, 50)):.2f}"
@@ -314,10 +273,11 @@ class Trainer:
     def save(self) -> None:
         """One checkpoint (collective over the job). Where it cannot be written the run says so and goes on."""
         self.heart.beat(self.step, "saving")
-        self._tell_saved(self.saver.save(self.manifest()))
+        self.tell_saved(self.saver.save(self.manifest()))
         self._saved_step = self.step
 
-    def _tell_saved(self, ended: Sequence[Outcome]) -> None:
+    def tell_saved(self, ended: Sequence[Outcome]) -> None:
+        """How checkpoints ended, into events.jsonl."""
         for step, where, failure in ended:
             self._unsaved = bool(failure)
-            self._tell([Event(step, "warning", failure) if failure else Event(step, "save", str(where))])
+            self.tell([Event(step, "warning", failure) if failure else Event(step, "save", str(where))])

@@ -56,7 +56,8 @@ class Watch(threading.Thread):
         self.heart, self.run_folder, self.limits, self.stop, self.lock = heart, heart.folder.parent, run, stop, lock
         self.world = len(peers)
         self.rank = heart.now.rank
-        self.neighbours = [beat for beat in peers if beat.host == HOST and beat.rank != self.rank]
+        mine = [beat for beat in peers if beat.host == HOST and beat.rank != self.rank]
+        self.neighbours = [beat for beat in mine if not is_gone(beat.pid, beat.mark or "")]  # a container may hide the others
         self._main = threading.main_thread().ident
         self._is_over = threading.Event()
         self._answered = _asked(self.run_folder)  # a question of an earlier run

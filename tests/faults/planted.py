@@ -63,6 +63,8 @@ class AtMoment:
     """``kill``, ``stop``, ``sleep``, or the name of a signal that asks for an orderly end."""
     seconds: float = 0.0
     """This much later, by another thread."""
+    everyone: bool = False
+    """Every rank does."""
 
     def plant(self) -> None:
         from megastab.engine import heartbeat
@@ -73,7 +75,7 @@ class AtMoment:
         done = []
 
         def entered(trainer: Trainer) -> Any:
-            if trainer.step == self.step and os.environ["RANK"] == "1" and not done:
+            if trainer.step == self.step and (self.everyone or os.environ["RANK"] == "1") and not done:
                 done.append(True)
                 self._act()
             return inner(trainer)

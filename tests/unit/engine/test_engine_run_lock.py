@@ -12,13 +12,15 @@ import pytest
 
 from megastab.config.errors import UserError
 from megastab.engine import run_lock
-from megastab.engine.processes import HOST, is_gone, started
+from megastab.engine.processes import HOST, is_gone, space, started
 from megastab.engine.run_lock import RunLock, lock_folder
 
 
 def write(folder: Path, **holder: object) -> Path:
     path = folder / run_lock.FILE
-    path.write_text(json.dumps({"host": HOST, "pid": os.getppid(), "mark": started(os.getppid()), "since": "noon", **holder}))
+    path.write_text(
+        json.dumps({"host": HOST, "space": space(), "pid": os.getppid(), "mark": started(os.getppid()), "since": "noon", **holder})
+    )
     return path
 
 
@@ -44,7 +46,7 @@ def test_a_held_folder_is_not_moved_aside(tmp_path: Path) -> None:
     assert not lock.path.exists()
 
 
-@pytest.mark.parametrize("holder", [{"pid": 1 << 30}, {"mark": "another"}, {"pid": None, "host": "elsewhere"}])
+@pytest.mark.parametrize("holder", [{"pid": 1 << 30}, {"mark": "another"}, {"pid": None, "host": "elsewhere"}, {"space": "a container"}])
 def test_a_dead_run_is_taken_over(tmp_path: Path, holder: dict[str, object]) -> None:
     path = write(tmp_path, **holder)
     os.utime(path, (0, 0))
@@ -60,9 +62,12 @@ def test_a_lock_cut_off_by_a_crash_is_judged_by_its_age(tmp_path: Path, monkeypa
     assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
-def test_another_machine_must_show_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("elsewhere", [{"host": "elsewhere"}, {"space": "a container", "pid": 1 << 30}], ids=["machine", "container"])
+def test_a_holder_out_of_sight_must_show_that_it_lives(
+    elsewhere: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 2.0)
-    path = write(tmp_path, host="elsewhere")
+    path = write(tmp_path, **elsewhere)
 
     def live() -> None:
         for _ in range(4):
@@ -71,7 +76,7 @@ def test_another_machine_must_show_that_it_lives(tmp_path: Path, monkeypatch: py
 
     thread = threading.Thread(target=live)
     thread.start()
-    with pytest.raises(UserError, match="on elsewhere"):
+    with pytest.raises(UserError, match="is in use by another run"):
         RunLock.take(tmp_path)
     thread.join()
     RunLock.take(tmp_path)  # silent for long enough
