@@ -45,8 +45,10 @@ def test_golden_numbers() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 10**6])
-def test_every_point_of_the_curve_is_the_definition(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(cett, "CHUNK_ELEMENTS", chunk)
+@pytest.mark.parametrize("block", [4, 5, 32])  # three blocks, a part of one among three, and a part of a single one
+def test_every_point_of_the_curve_is_the_definition(monkeypatch: pytest.MonkeyPatch, chunk: int, block: int) -> None:
+    monkeypatch.setattr(cett, "CHUNK_ELEMENTS", {"cpu": chunk})
+    monkeypatch.setattr(cett, "BLOCK", block)
     activations, down = random(5, 12, 4)
     activations[:, 3:5] = 0.0  # as ReLU leaves them
     activations[2] = 0.0  # a token without output
