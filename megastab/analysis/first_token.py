@@ -22,11 +22,11 @@ def _run(arguments: argparse.Namespace) -> None:
     output.write("first_token", {"model": subject.name, **{name: _data(seen) for name, seen in found.items()}}, tables)
 
 
-def overall(seen: AttentionSums) -> dict[str, float]:
-    """Means over layers and heads; ``uniform`` is what equal attention to all that is seen would give key 0."""
+def overall(seen: AttentionSums) -> dict[str, float | None]:
+    """Means over layers and heads; ``uniform`` is what equal attention to all that is seen would give key 0, ``sink`` None without one."""
     uniform = uniform_first_mass(seen.seq, seen.has_sink)
     mass = float(seen.first_mass_LQ.mean())
-    share, sink = float(seen.first_wins_LQ.mean()), float(seen.sink_LQ.mean())
+    share, sink = float(seen.first_wins_LQ.mean()), float(seen.sink_LQ.mean()) if seen.has_sink else None
     return {"share": share, "mass": mass, "uniform": uniform, "excess": mass - uniform, "sink": sink}
 
 
@@ -51,7 +51,8 @@ def _layers(subject: Subject, name: str, seen: AttentionSums) -> Table:
     for layer in range(seen.first_mass_LQ.shape[0]):
         share_Q, mass_Q = seen.first_wins_LQ[layer], seen.first_mass_LQ[layer]
         head = int(mass_Q.argmax())
-        rows.append([layer, float(share_Q.mean()), float(mass_Q.mean()), head, float(mass_Q[head]), float(seen.sink_LQ[layer].mean())])
+        sink = float(seen.sink_LQ[layer].mean()) if seen.has_sink else None
+        rows.append([layer, float(share_Q.mean()), float(mass_Q.mean()), head, float(mass_Q[head]), sink])
     columns = ["layer", "share of queries", "weight on key 0", "most in head", "its weight", "on the sink"]
     return Table(f"By layer, {name}", columns, rows)
 

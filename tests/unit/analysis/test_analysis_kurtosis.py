@@ -5,6 +5,7 @@ import torch
 
 from megastab.analysis.kurtosis import ShapeWatch, gaussian, one_hot, profile
 from megastab.analysis.own_model import subject_of
+from megastab.analysis.top import _peaks
 from tests.unit.analysis import planted
 from tests.unit.analysis.test_analysis_massive import ours, theirs
 from tests.unit.model_generate.tiny import tiny_model
@@ -48,3 +49,11 @@ def test_one_planted_channel_is_all_of_the_first_token() -> None:
     for subject in (ours(1), theirs(1)):
         first, rest, largest_first, largest_rest = profile(subject, planted.windows(subject.vocab_size, 3, 20, bos=True)).rows()[1]
         assert first == pytest.approx(one_hot(32), rel=1e-4) and rest < 5.0 and largest_first > 4990 > 10 > largest_rest
+
+
+def test_the_picture_of_a_wide_model_loses_no_peak() -> None:
+    size_D = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    size_D[[17, 998]] = torch.tensor([50.0, 70.0])
+    peaks = _peaks(size_D)
+    assert len(peaks) <= 160 and {(17, 50.0), (998, 70.0)} <= set(peaks)
+    assert _peaks(size_D[:100]) == [(i, float(x)) for i, x in enumerate(size_D[:100])]
