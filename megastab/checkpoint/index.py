@@ -9,10 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megastab.checkpoint.pieces import MASTER, WEIGHT, Piece, key_of
+from megastab.checkpoint.pieces import MASTER, WEIGHT, Piece, Share, key_of
 from megastab.config.errors import UserError
 
 FILE = "index.json"
@@ -101,8 +102,8 @@ def text_of(pieces: Mapping[str, Iterable[Piece]]) -> str:
 class Reader:
     """Ranges of a checkpoint's matrices, read from its files piece by piece."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.index = folder, Index.read(folder)
+    def __init__(self, folder: Path, index: Index | None = None):
+        self.folder, self.index = folder, index or Index.read(folder)
         self._files: dict[str, Any] = {}
 
     def fill(self, target: Tensor, name: str, kind: str, first: int) -> None:
@@ -115,6 +116,13 @@ class Reader:
             done += length
         if done != target.numel():
             raise UserError(f"{self.folder} holds {done} of elements {first} to {first + target.numel()} of {name} ({kind}): it is damaged")
+
+    def rounded(self, share: Share) -> Iterator[Tensor]:
+        """The tensors of a share of weights, made from the masters: bit for bit what the ranks train with."""
+        for entry, piece in zip(share.entries, share.pieces, strict=True):
+            values = torch.empty(piece.length)
+            self.fill(values, piece.name, MASTER, piece.first)
+            yield values.to(entry.dtype)
 
     def _values(self, place: Place, name: str, kind: str, first: int, length: int) -> Tensor:
         if place.file not in self._files:

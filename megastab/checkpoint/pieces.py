@@ -80,11 +80,11 @@ def owned(adapter: Adapter, grid: Grid) -> Iterator[Fragment]:
 
 
 def states_share(adapter: Adapter, grid: Grid, rank: int) -> Share:
-    """Masters and moments. In fp32 the weights are the masters, and are written as weights only."""
+    """Masters and moments. In fp32 the weights are the masters, and are written as weights only (ZeRO-3 would have to gather them)."""
     state, tensors, entries, pieces = OptimizerState(adapter), list[Tensor](), list[Entry](), list[Piece]()
     for fragment in owned(adapter, grid):
         held = dict(state.tensors(fragment))
-        if fragment.copy.dtype != fragment.master.dtype:
+        if fragment.copy.dtype != fragment.master.dtype or adapter.partitions_weights:
             held[MASTER] = fragment.master
         name, first, length = fragment.part.name, first_of(fragment), fragment.master.numel()
         pieces.append(Piece(name, size_of(fragment), first, length, sorted(held), state.scalars(fragment)))

@@ -43,14 +43,14 @@ def save(
     Raises:
         NotSaved: on every rank, where any could not write; what it had written is removed and older checkpoints stand.
     """
-    rank, world = collectives.world()
+    rank, _ = collectives.world()
     tag = tag_of(manifest.step)
     aside = partial_of(folder, tag)
     agree(aside, lambda: prepare(folder, tag) if rank == 0 else None)
     shares = (states_share(adapter, grid, rank), weights_share(adapter.engine.module, grid))
     agree(aside, lambda: write(aside, rank, shares, tag))
     whole = replace(manifest, scalars=scalar_state(adapter))
-    agree(aside, lambda: publish(folder, tag, world, whole, keep_last, keep_every) if rank == 0 else None)
+    agree(aside, lambda: publish(folder, tag, whole, keep_last, keep_every) if rank == 0 else None)
     return folder / tag
 
 
@@ -76,9 +76,9 @@ def not_saved(aside: Path, failures: Sequence[str]) -> NotSaved:
     return NotSaved(f"the checkpoint {aside.with_suffix('')} could not be written ({'; '.join(failures[:3])}); older ones stand")
 
 
-def publish(folder: Path, tag: str, world: int, manifest: Manifest, keep_last: int | None, keep_every: int | None) -> None:
+def publish(folder: Path, tag: str, manifest: Manifest, keep_last: int | None, keep_every: int | None) -> None:
     """On the first rank, when every rank has written: index, manifest, the name, ``latest``, and the older ones that are to go."""
-    complete(folder, tag, world, manifest)
+    complete(folder, tag, manifest)
     write_text(folder / LATEST, tag)
     settle(folder)
     _prune(folder, tag, keep_last, keep_every)

@@ -37,40 +37,38 @@ def prepare(folder: Path, tag: str) -> None:
         (partial_of(folder, tag) / part).mkdir(parents=True)
 
 
-def note_of(aside: Path, rank: int) -> Path:
-    """Where a rank says that it has written, and what."""
-    return aside / f"rank{rank:04d}.json"
+STATES_NOTE, WEIGHTS_NOTE = "rank{:04d}.json", "weights{:04d}.json"
 
 
-def missing_notes(aside: Path, world: int) -> bool:
+def missing_notes(aside: Path, world: int, note: str = STATES_NOTE) -> bool:
     """Whether some rank is still writing."""
-    return not all(note_of(aside, rank).exists() for rank in range(world))
+    return not all((aside / note.format(rank)).exists() for rank in range(world))
 
 
-def refuse(aside: Path, rank: int, shares: Sequence[Share], why: str) -> None:
+def refuse(aside: Path, rank: int, shares: Sequence[Share], why: str, note: str = STATES_NOTE) -> None:
     """Leave a note that this rank could not write; what it had written makes room for it."""
     for share in shares:
         if share.file:
             (aside / share.file).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
-        write_text(note_of(aside, rank), json.dumps({"refused": why}))
+        write_text(aside / note.format(rank), json.dumps({"refused": why}))
 
 
-def refusals(aside: Path, world: int) -> list[str]:
+def refusals(aside: Path, world: int, *notes: str) -> list[str]:
     """Why ranks could not write; a rank without a note could not even say."""
     found = []
     for rank in range(world):
-        try:
-            note = json.loads(note_of(aside, rank).read_text())
-        except OSError as error:
-            note = {"refused": f"rank {rank} left no note ({error.strerror})"}
-        if "refused" in note:
-            found.append(note["refused"])
+        for note in notes:
+            try:
+                said = json.loads((aside / note.format(rank)).read_text()).get("refused")
+            except OSError as error:
+                said = f"rank {rank} left no note ({error.strerror})"
+            found += [said] if said else []
     return found
 
 
-def write(aside: Path, rank: int, shares: Sequence[Share], tag: str) -> None:
-    """Write this rank's files and, when they are on the disk, its note.
+def write(aside: Path, rank: int, shares: Sequence[Share], tag: str, note: str = STATES_NOTE) -> None:
+    """Write this rank's files and, when they are on the disk, a note of them.
 
     Raises:
         OSError: after every share was taken to its end, which may be collective.
@@ -89,23 +87,34 @@ def write(aside: Path, rank: int, shares: Sequence[Share], tag: str) -> None:
     if failure is not None:
         raise failure
     pieces = {share.file: share.pieces for share in shares if share.file}
-    write_text(note_of(aside, rank), json.dumps({"files": files, "pieces": pieces}))
+    write_text(aside / note.format(rank), json.dumps({"files": files, "pieces": pieces}))
 
 
-def complete(folder: Path, tag: str, world: int, manifest: Manifest) -> None:
-    """Make a checkpoint of what ``world`` ranks have written: index, manifest, name."""
+def pieces_told(aside: Path) -> dict[str, list[Piece]]:
+    """What all ranks have written so far, by file."""
+    notes = [json.loads(path.read_text()) for path in _notes(aside)]
+    return {name: [Piece(*values) for values in held] for note in notes for name, held in note["pieces"].items()}
+
+
+def _notes(aside: Path) -> list[Path]:
+    return sorted([*aside.glob("rank*.json"), *aside.glob("weights*.json")])
+
+
+def complete(folder: Path, tag: str, manifest: Manifest) -> None:
+    """Make a checkpoint of what all ranks have written: index, manifest, name."""
     aside, final = partial_of(folder, tag), folder / tag
-    notes = [json.loads(note_of(aside, rank).read_text()) for rank in range(world)]
-    files: dict[str, Any] = {name: values for note in notes for name, values in note["files"].items()}
-    pieces = {name: [Piece(*values) for values in held] for note in notes for name, held in note["pieces"].items()}
+    files: dict[str, Any] = {}
+    for note in _notes(aside):
+        files |= json.loads(note.read_text())["files"]
+    pieces = pieces_told(aside)
     if faults := Index(pieces).faults():
         raise RuntimeError(f"the checkpoint {final} would not be whole: {'; '.join(faults[:5])}")
     files[index.FILE] = list(astuple(write_text(aside / index.FILE, index.text_of(pieces))))
-    for rank in range(world):
-        note_of(aside, rank).unlink()
+    for note in _notes(aside):
+        note.unlink()
     for part in (STATES, WEIGHTS):
         settle(aside / part)
-    replace(manifest, files=files).write(aside)
+    replace(manifest, files=dict(sorted(files.items()))).write(aside)
     settle(aside)
     if final.exists():  # a run that went back takes this step again
         final.rename(folder / f"{tag}.replaced{PARTIAL}")

@@ -51,6 +51,7 @@ class Zero3Adapter(Adapter):
         "clip_grad",
     )
     reduces_in_backward = True
+    partitions_weights = True
 
     def __init__(self, engine: Any):
         super().__init__(engine)

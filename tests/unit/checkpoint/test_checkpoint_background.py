@@ -59,15 +59,15 @@ def test_checkpoint_written_in_the_background_is_that_written_at_once(name: str,
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
-def cramped(config: dict[str, Any], bad_step: int) -> Any:
-    """On a rank: rank 1's files may not grow beyond LIMIT while ``bad_step`` is saved."""
+def cramped(config: dict[str, Any], bad_step: int, place: tuple[int, str]) -> Any:
+    """On a rank: files in a folder of one rank may not grow beyond LIMIT while ``bad_step`` is saved."""
     from megastab.checkpoint import writing
     from megastab.parallel import collectives
 
     write, (soft, hard) = writing.write_tensors, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(path: Path, *args: Any) -> Any:
-        if collectives.world()[0] == 1 and store.tag_of(bad_step) in str(path):
+        if (collectives.world()[0], path.parent.name) == place and store.tag_of(bad_step) in str(path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
         try:
             return write(path, *args)
@@ -79,14 +79,19 @@ def cramped(config: dict[str, Any], bad_step: int) -> Any:
 
 
 @pytest.mark.parametrize("in_background", [False, True], ids=["at once", "in the background"])
-@pytest.mark.parametrize("name", ["zero3", "bf16"])
-def test_rank_that_cannot_write_costs_one_checkpoint_and_not_the_run(name: str, in_background: bool, tmp_path: Path) -> None:
-    """ZeRO-3 gathers while it saves: a rank that fails must still take part."""
+@pytest.mark.parametrize(("name", "place"), [("zero3", (1, "states")), ("zero3", (0, "weights")), ("bf16", (1, "states"))])
+def test_rank_that_cannot_write_costs_one_checkpoint_and_not_the_run(
+    name: str, place: tuple[int, str], in_background: bool, tmp_path: Path
+) -> None:
+    """ZeRO-3 gathers while it saves at once: a rank that fails must still take part. In the background its weights are written last."""
     config = config_for(name, tmp_path / "run", run__async_save=in_background, run__total_steps=WHOLE + 1)
-    run_ranks(2, cramped, config, WHOLE)
+    run_ranks(2, cramped, config, WHOLE, place)
     checkpoints = tmp_path / "run" / "checkpoints"
     (told,) = events(tmp_path / "run", "warning")
-    assert f"the checkpoint {checkpoints / store.tag_of(WHOLE)} could not be written (rank 1: [Errno 27] File too large" in told["reason"]
+    assert (
+        f"the checkpoint {checkpoints / store.tag_of(WHOLE)} could not be written (rank {place[0]}: [Errno 27] File too large"
+        in told["reason"]
+    )
     assert told["reason"].endswith("older ones stand") and told["step"] == WHOLE
     assert [event["step"] for event in events(tmp_path / "run", "save")] == [HALF, WHOLE + 1]
     assert sorted(path.name for path in checkpoints.iterdir()) == [store.LATEST, store.tag_of(HALF), store.tag_of(WHOLE + 1)]
