@@ -108,6 +108,9 @@ def part_names(units: Sequence[Unit], options: Sequence[object]) -> list[str]:
     return names
 
 
-def num_finished(folder: Path) -> int:
-    """Markers in the folder, whoever they belong to."""
-    return sum(1 for _ in folder.glob("*.npz"))
+def markers(folder: Path) -> set[str]:
+    """Names of finished parts in the folder, whoever they belong to.
+
+    A listing, for one rank: a look for a name that is not there yet would be remembered by a network file system for a while.
+    """
+    return {path.stem for path in folder.glob("*.npz")}

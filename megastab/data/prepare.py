@@ -11,6 +11,7 @@ import fcntl
 import logging
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,11 +20,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megastab.config.errors import UserError
 from megastab.data.documents import Unit, plan_units
-from megastab.data.finished import is_intact, num_finished, part_names
+from megastab.data.finished import is_intact, markers, part_names
 from megastab.data.merging import publish
 from megastab.data.shards import Job, run_unit, start_worker, tokenize_unit
 from megastab.data.sidecar import Sidecar
@@ -83,7 +84,7 @@ def _check_agreement(job: Job, world: World) -> None:
     """All ranks must have the same tokenizer and see the same folder."""
     world.meet()  # rank 0 has made the folder
     told = world.of_all((job.tokenizer.fingerprint, job.folder.is_dir()))
-    for rank, (fingerprint, is_there) in enumerate(told):
+    for rank, (fingerprint, is_there) in enumerate(told if world.rank == 0 else []):  # one voice is enough
         if fingerprint != told[0][0]:
             raise UserError(
                 f"tokenizer {job.tokenizer.path}: rank {rank} finds another file there than rank 0; use a path that hosts share"
@@ -93,25 +94,32 @@ def _check_agreement(job: Job, world: World) -> None:
 
 
 @contextmanager
-def _work_folder(folder: Path) -> Iterator[Path]:
+def _work_folder(folder: Path) -> Iterator[None]:
     """The folder of unfinished work, for one run at a time; it goes when the run succeeds or left nothing finished in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another run is at work on this output; wait for it, or name another one") from None
-        except OSError:
-            pass  # a file system without locks
-        try:
-            yield folder
-        except BaseException:
-            if count := num_finished(folder):
-                logger.warning("%d finished parts stay in %s: the same command goes on from them", count, folder)
-                raise
+    lock = _locked(folder)
+    is_done = False
+    try:
+        yield
+        is_done = True
+    finally:
+        lock.close()  # first, because NFS keeps the folder of an open file
+        if not is_done and (kept := markers(folder)):
+            logger.warning("%d finished parts stay in %s: the same command goes on from them", len(kept), folder)
+        else:
             shutil.rmtree(folder, ignore_errors=True)
-            raise
-        shutil.rmtree(folder)
+
+
+def _locked(folder: Path) -> IO[str]:
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"{folder}: another run is at work on this output; wait for it, or name another one") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 @contextmanager
@@ -133,13 +141,10 @@ def _sigterm_raises() -> Iterator[None]:
 
 def _tokenize(job: Job, tasks: list[Task], workers: int, progress: bool, world: World) -> None:
     """Make every part that is not there yet; returns on rank 0 when all ranks are done."""
-    from tqdm import tqdm
-
     left = _unfinished(job, tasks, world)
     mine = share_out([unit.num_bytes for _, unit in left], world.size)[world.rank]
     total, to_do = (sum(unit.num_bytes for _, unit in some) for some in (tasks, left))
-    is_shown = progress and world.rank == 0
-    with tqdm(total=total, initial=total - to_do, unit="B", unit_scale=True, desc="tokenize", disable=None if is_shown else True) as bar:
+    with _bar(total, total - to_do, progress, world) as bar:
         ranks_at_work = world.size - 1
         for unit in _done(job, [left[position] for position in mine], workers):
             world.tell(unit.num_bytes)
@@ -150,6 +155,16 @@ def _tokenize(job: Job, tasks: list[Task], workers: int, progress: bool, world: 
             ranks_at_work -= _show(bar, world.heard())
 
 
+def _bar(total: int, done: int, progress: bool, world: World) -> Any:
+    """Of all ranks' bytes, on rank 0. mpirun's output is no terminal, and gets a line now and then all the same."""
+    from tqdm import tqdm
+
+    is_terminal = sys.stderr.isatty()
+    is_shown = progress and world.rank == 0 and (is_terminal or world.size > 1)
+    pause = 0.1 if is_terminal else 10.0  # seconds
+    return tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="tokenize", disable=not is_shown, mininterval=pause)
+
+
 def _show(bar: Any, told: list[int | None]) -> int:
     """Bytes to the bar; how many ranks said that they are done."""
     bar.update(sum(amount for amount in told if amount is not None))
@@ -158,12 +173,14 @@ def _show(bar: Any, told: list[int | None]) -> int:
 
 def _unfinished(job: Job, tasks: list[Task], world: World) -> list[Task]:
     """Tasks without an intact part from an earlier run; the ranks share the reading."""
-    here = {name for name, _ in tasks[world.rank :: world.size] if is_intact(job.folder, name)}
+    there = world.from_first(lambda: markers(job.folder))
+    here = {name for name, _ in tasks[world.rank :: world.size] if name in there and is_intact(job.folder, name)}
     finished = set().union(*world.of_all(here))
-    if world.rank == 0 and (there := num_finished(job.folder)):
+    if world.rank == 0 and there:
         logger.warning("%s: %d of %d parts are finished already", job.folder, len(finished), len(tasks))
-        if there > len(finished):
-            logger.warning("%d more there are damaged, or of other input, tokenizer or options, and are not used", there - len(finished))
+        if len(there) > len(finished):
+            others = len(there) - len(finished)
+            logger.warning("%d more there are damaged, or of other input, tokenizer or options, and are not used", others)
     return [task for task in tasks if task[0] not in finished]
 
 

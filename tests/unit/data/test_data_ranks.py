@@ -20,6 +20,7 @@ from threads import ThreadRank, on_ranks
 from megastab.config.errors import UserError
 from megastab.data import prepare as prepare_module
 from megastab.data.documents import plan_units
+from megastab.data.finished import part_names
 from megastab.data.merging import publish
 from megastab.data.prepare import prepare
 from megastab.data.sampling import sample, shares
@@ -110,7 +111,15 @@ def test_shares_hold_everything_once_and_differ_by_no_more_than_the_largest() ->
         assert all(share == sorted(share) for share in shared)
         loads = [sum(max(sizes[position], 1) for position in share) for share in shared]
         assert max(loads) - min(loads) <= max(sizes)
+    assert share_out([4, 3, 3, 2], 2) == [[0, 3], [1, 2]]  # by size, not by turns
     assert share_out([], 2) == [[], []]
+
+
+def test_input_given_twice_is_two_parts(corpus: Path) -> None:
+    units = plan_units([corpus, corpus], 3000)
+    names = part_names(units, [])
+    assert len(set(names)) == len(units)
+    assert names == part_names(units, []) and set(names).isdisjoint(part_names(units, ["another option"]))
 
 
 class Died(Exception):
@@ -168,7 +177,7 @@ def test_restart_makes_only_what_is_missing(
 def test_changed_input_tokenizer_or_option_makes_everything_again(
     tokenizer: Tokenizer, corpus: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    other = train_tokenizer([corpus], tmp_path / "other", 380)
+    other = train_tokenizer([write_jsonl(tmp_path / "o.jsonl", texts[:250])], tmp_path / "other", tokenizer.vocab_size)
     mine = write_jsonl(tmp_path / "c.jsonl", texts)
     for change in ("input", "tokenizer", "eod", "split", "nothing"):
         out = tmp_path / change
