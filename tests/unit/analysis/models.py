@@ -64,9 +64,9 @@ def save_own(run: Path, tokenizer: Tokenizer | None = None, model: nn.Module | N
     """A run folder with one checkpoint of a model of ours (tests.unit.model_generate.tiny), written without an engine."""
     import json
 
-    from megastab.checkpoint.manifest import Manifest
     from safetensors.torch import save_file
 
+    from megastab.checkpoint.manifest import Manifest
     from megastab.checkpoint.weights import FOLDER
     from megastab.parallel.param_info import info_of
     from tests.unit.model_generate.tiny import tiny_model
