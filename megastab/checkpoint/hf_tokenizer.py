@@ -46,8 +46,8 @@ def export_tokenizer(tokenizer: Path | None, vocab_size: int, out: Path) -> tupl
     """Write a tokenizer's files beside exported weights.
 
     Args:
-        tokenizer: a SentencePiece ``.model`` file (Hugging Face's own files beside it are taken in its place), or a folder of such files;
-            None where the run had none.
+        tokenizer: a SentencePiece ``.model`` file or a ``tokenizer.json``, or a folder of Hugging Face's files, which are taken together,
+            also where the file is one of them; None where the run had none.
         vocab_size: of the model.
         out: the folder of the export.
 
@@ -59,7 +59,8 @@ def export_tokenizer(tokenizer: Path | None, vocab_size: int, out: Path) -> tupl
         return nothing, ["the run had no megastab.data.tokenizer: no tokenizer is exported; give one with --tokenizer"]
     folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
     there = {name for name in FILES if (folder / name).is_file()}
-    if there - {SENTENCEPIECE}:
+    # A file of another name may lie beside somebody else's: then it alone is meant.
+    if there - {SENTENCEPIECE} and (tokenizer.is_dir() or tokenizer.name in FILES):
         return _copied(folder, there - {GENERATION}, out)
     path = folder / SENTENCEPIECE if tokenizer.is_dir() else tokenizer
     if not path.is_file():
@@ -85,6 +86,8 @@ def _written(tokenizer: Tokenizer, vocab_size: int, out: Path) -> tuple[dict[str
     """
     if tokenizer.vocab_size != vocab_size:
         raise UserError(f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, the model {vocab_size} tokens: give the run's own")
+    if tokenizer.path.endswith(".json"):
+        return _written_json(tokenizer, out)
     shutil.copyfile(tokenizer.path, out / SENTENCEPIECE)
     settings = llama_settings(tokenizer)
     notes = [f"{tokenizer.path} is no BPE model: {SENTENCEPIECE} is written for SentencePiece itself, transformers has no class for it"]
@@ -92,6 +95,13 @@ def _written(tokenizer: Tokenizer, vocab_size: int, out: Path) -> tuple[dict[str
         (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         notes = []
     return dict.fromkeys(SPECIAL) | {"eos_token_id": tokenizer.eod}, notes
+
+
+def _written_json(tokenizer: Tokenizer, out: Path) -> tuple[dict[str, Any], list[str]]:
+    """A ``tokenizer.json`` that has no settings beside it: transformers' class for all of them."""
+    shutil.copyfile(tokenizer.path, out / "tokenizer.json")
+    (out / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}) + "\n")
+    return dict.fromkeys(SPECIAL) | {"eos_token_id": tokenizer.eod}, []
 
 
 def llama_settings(tokenizer: Tokenizer) -> dict[str, Any] | None:

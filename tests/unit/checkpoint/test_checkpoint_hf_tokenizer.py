@@ -70,6 +70,23 @@ def test_run_names_its_own(models: dict[str, Tokenizer], tmp_path: Path) -> None
     assert (back / "tokenizer.model").read_bytes() == Path(models["bpe"].path).read_bytes()
 
 
+def test_file_of_a_run_is_not_mixed_with_its_neighbours(models: dict[str, Tokenizer], tmp_path: Path) -> None:
+    """``data/tok.model`` beside another project's ``tokenizer.json``; and a ``tok.json`` alone."""
+    (tmp_path / "tok.model").write_bytes(Path(models["bpe"].path).read_bytes())
+    (tmp_path / "tokenizer.json").write_text("another's")
+    folder = out(tmp_path)
+    export_tokenizer(tmp_path / "tok.model", 400, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    theirs.backend_tokenizer.add_special_tokens(["</s>"])
+    theirs.backend_tokenizer.save(str(tmp_path / "tok.json"))
+    ours = Tokenizer(tmp_path / "tok.json")
+    (tmp_path / "two").mkdir()
+    ids, notes = export_tokenizer(tmp_path / "tok.json", ours.vocab_size, tmp_path / "two")
+    assert notes == [] and ids["eos_token_id"] == ours.eod == 400
+    assert AutoTokenizer.from_pretrained(tmp_path / "two")(TEXT, add_special_tokens=False)["input_ids"] == ours.encode(TEXT)
+
+
 def test_unigram_model_is_written_for_sentencepiece_alone(models: dict[str, Tokenizer], tmp_path: Path) -> None:
     folder = out(tmp_path)
     _, (note,) = export_tokenizer(Path(models["unigram"].path), 400, folder)
@@ -103,11 +120,12 @@ def test_import_brings_it_and_export_takes_it_back(models: dict[str, Tokenizer],
     ("files", "said"),
     [
         ({}, "has no tokenizer .*the weights alone are imported"),
-        ({"tokenizer.json": b"{}"}, "no tokenizer.model: prepare the data with the model's own tokenizer"),
-        ({"tokenizer.model": b"IQ== 0"}, "tokenizer.model is not a SentencePiece model"),
+        ({"tokenizer.json": b"{}"}, "tokenizer.json: not a Hugging Face tokenizer.json .*megastab.data.tokenizer is null"),
+        ({"vocab.json": b"{}"}, "no tokenizer.model and no tokenizer.json: prepare the data with the model's own tokenizer"),
+        ({"tokenizer.model": b"IQ== 0"}, "tokenizer.model: not a SentencePiece .*megastab.data.tokenizer is null"),
         ({"tokenizer.model": None}, "tokenizer.model has 400 pieces, the model 100 tokens"),
     ],
-    ids=["none", "json", "tiktoken", "another size"],
+    ids=["none", "json", "vocab", "tiktoken", "another size"],
 )
 def test_tokenizer_our_data_tools_cannot_use_is_told(
     files: dict[str, bytes | None], said: str, models: dict[str, Tokenizer], tmp_path: Path
