@@ -174,10 +174,10 @@ class _Writing:
 
     def _publish(self) -> None:
         saver, notes = self.saver, (STATES_NOTE,) if self.late is None else (STATES_NOTE, WEIGHTS_NOTE)
+        where, failures = saver.folder / self.tag, list[str]()
         for note in notes:
             self._have_come(note)
-        where = saver.folder / self.tag
-        failures = refusals(self.aside, self.world, *notes)
+            failures = failures or refusals(self.aside, self.world, note)
         try:
             if not failures:
                 store.publish(saver.folder, self.tag, self.manifest, saver.keep_last, saver.keep_every)

@@ -54,16 +54,15 @@ def refuse(aside: Path, rank: int, shares: Sequence[Share], why: str, note: str 
         write_text(aside / note.format(rank), json.dumps({"refused": why}))
 
 
-def refusals(aside: Path, world: int, *notes: str) -> list[str]:
+def refusals(aside: Path, world: int, note: str = STATES_NOTE) -> list[str]:
     """Why ranks could not write; a rank without a note could not even say."""
     found = []
     for rank in range(world):
-        for note in notes:
-            try:
-                said = json.loads((aside / note.format(rank)).read_text()).get("refused")
-            except OSError as error:
-                said = f"rank {rank} left no note ({error.strerror})"
-            found += [said] if said else []
+        try:
+            said = json.loads((aside / note.format(rank)).read_text()).get("refused")
+        except OSError as error:
+            said = f"rank {rank} left no note ({error.strerror})"
+        found += [said] if said else []
     return found
 
 

@@ -98,6 +98,31 @@ def test_rank_that_cannot_write_costs_one_checkpoint_and_not_the_run(
     assert all(verify.damage(checkpoints / store.tag_of(step)) == [] for step in (HALF, WHOLE + 1))
 
 
+def mute(config: dict[str, Any], bad_step: int) -> Any:
+    """On a rank: rank 1 cannot write a byte while ``bad_step`` is saved, not even a note that it cannot."""
+    from megastab.checkpoint import writing
+    from megastab.parallel import collectives
+
+    write, (soft, hard) = writing.write_tensors, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(path: Path, *args: Any) -> Any:
+        is_bad = collectives.world()[0] == 1 and store.tag_of(bad_step) in str(path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0 if is_bad else soft, hard))
+        return write(path, *args)
+
+    writing.write_tensors = limited  # type: ignore[assignment]
+    return train(config)
+
+
+@pytest.mark.parametrize("name", ["zero3", "bf16"])
+def test_rank_that_cannot_even_leave_a_note_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    config = config_for(name, tmp_path / "run", run__async_save=True, run__total_steps=WHOLE + 1)
+    run_ranks(2, mute, config, WHOLE)
+    (told,) = events(tmp_path / "run", "warning")
+    assert "could not be written (rank 1 left no note" in told["reason"]
+    assert [event["step"] for event in events(tmp_path / "run", "save")] == [HALF, WHOLE + 1]
+
+
 def killed(config: dict[str, Any], moment: str) -> Any:
     """On a rank: the process is gone in the middle of its second checkpoint."""
     import os
