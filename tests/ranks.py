@@ -9,10 +9,14 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 PRELOAD = ["torch", "deepspeed", "megatron.core.hyper_comm_grid", "megatron.core.datasets.indexed_dataset", "tests.preload"]
@@ -88,3 +92,56 @@ def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[A
                 raise RankFailed(f"rank {rank}:\n{value}")
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job under way whose ranks end as they will: each by its own exit code, none because another did."""
+
+    processes: list[BaseProcess]
+    log: Path
+    """Both streams of all ranks."""
+
+    def codes(self, timeout: float = 120.0) -> list[int | None]:
+        """Exit codes by rank (negative: the signal that killed it); None for a rank that had to be killed here, in the end."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        found = [process.exitcode for process in self.processes]
+        self.end()
+        return found
+
+    def end(self) -> None:
+        """Kill what still lives."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _job_rank(rank: int, world: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import torch
+
+    torch.set_num_threads(1)
+    from megastab.engine.launch import run_job
+
+    code = run_job(lambda: function(*args))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def start_job(world: int, log: Path, function: Callable[..., Any], *args: Any) -> Job:
+    """Start ``function(*args)`` on ``world`` ranks as a launcher without mercy would: it ends nobody."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    port = _free_port()
+    ranks = [context.Process(target=_job_rank, args=(rank, world, port, log, function, args), daemon=True) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    return Job(list(ranks), log)

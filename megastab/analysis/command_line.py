@@ -7,7 +7,19 @@ from importlib import import_module
 
 from megastab.analysis.arguments import Analysis
 
-MODULES: tuple[str, ...] = ("existence", "top", "kurtosis", "first_token", "attention", "intervene")
+MODULES: tuple[str, ...] = (
+    "existence",
+    "top",
+    "kurtosis",
+    "first_token",
+    "attention",
+    "intervene",
+    "quantize",
+    "choice",
+    "sparsity",
+    "dynamics",
+    "predict",
+)
 """Modules of this room that hold an ``ANALYSIS``, in the order of the help."""
 
 

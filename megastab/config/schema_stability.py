@@ -91,7 +91,9 @@ class PolicyConfig(Section):
     none is."""
     rewind_after: PositiveInt | None = 8
     """Bad steps in a row (not finite, or a loss outlier; a clipped step is never bad) after which to go back to the last good
-    checkpoint; ``null``: never."""
+    checkpoint and leave out the samples of the bad steps; ``null``: never."""
+    max_rewinds: PositiveInt = 3
+    """Rewinds without a step beyond the furthest one before them, one more of which ends the run (exit code 86)."""
 
 
 class TVRConfig(Section):

@@ -1,7 +1,8 @@
 """Micro-batches of one data-parallel rank. The exact position in the data is one integer, the count of consumed samples.
 
-A step takes the samples [consumed, consumed + micro_batch * accumulation * dp_size) whatever the layout; micro-batch m of rank r
-takes ``micro_batch`` of them from ``consumed + (m * dp_size + r) * micro_batch``. Shapes: B micro-batch, S sequence.
+A step takes the next micro_batch * accumulation * dp_size samples from ``consumed`` on that are not left out, whatever the layout;
+micro-batch m of rank r takes ``micro_batch`` of them from place ``(m * dp_size + r) * micro_batch`` of that list on. Shapes: B
+micro-batch, S sequence.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megastab.data.samples import SampleSource
+from megastab.data.skips import Skips
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,25 @@ class MicroBatch:
 
 def assemble(source: SampleSource, first: int, count: int, document_mask: bool, stop: int | None = None) -> MicroBatch:
     """Samples [first, first + count) as one micro-batch; those from ``stop`` on are padding of weight 0."""
-    num_real = count if stop is None else min(max(stop - first, 0), count)
+    return assemble_samples(source, np.arange(first, first + count), document_mask, stop)
+
+
+def assemble_samples(source: SampleSource, sample_ids: np.ndarray, document_mask: bool, stop: int | None = None) -> MicroBatch:
+    """The samples ``sample_ids``, int64 [B], as one micro-batch; those from ``stop`` on are padding of weight 0."""
+    count = len(sample_ids)
     tokens = np.zeros((count, source.seq_len + 1), np.int64)
     weights = np.zeros((count, source.seq_len), np.float32)
     documents = np.zeros((count, source.seq_len), np.int32)
-    for row in range(num_real):
-        tokens[row], documents[row], is_same_document = source[first + row]
-        weights[row] = is_same_document if document_mask else 1.0
+    for row, sample in enumerate(sample_ids.tolist()):
+        if stop is None or sample < stop:
+            tokens[row], documents[row], is_same_document = source[sample]
+            weights[row] = is_same_document if document_mask else 1.0
     tokens_BS1 = torch.from_numpy(tokens)
     return MicroBatch(
         tokens=tokens_BS1[:, :-1].contiguous(),
         labels=tokens_BS1[:, 1:].contiguous(),
         weights=torch.from_numpy(weights),
-        sample_ids=torch.arange(first, first + count),
+        sample_ids=torch.from_numpy(sample_ids.copy()),
         document_ids=torch.from_numpy(documents) if document_mask else None,
     )
 
@@ -64,6 +72,7 @@ class Batches:
         dp_size: int,
         document_mask: bool,
         start: int = 0,
+        skips: Skips | None = None,
     ) -> None:
         self.source = source
         self.micro_batch = micro_batch
@@ -72,6 +81,10 @@ class Batches:
         self.dp_size = dp_size
         self.document_mask = document_mask
         self.consumed = start
+        """One past the last sample taken, those left out included."""
+        self.skips = Skips() if skips is None else skips
+        self.last_step: tuple[int, int] | None = None
+        """First and last sample of the step last fetched; between them some may be left out."""
 
     @property
     def global_batch(self) -> int:
@@ -80,11 +93,11 @@ class Batches:
 
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro-batches of one optimizer step."""
-        strides = range(self.dp_rank, self.accumulation * self.dp_size, self.dp_size)
-        firsts = [self.consumed + stride * self.micro_batch for stride in strides]
-        batches = [assemble(self.source, first, self.micro_batch, self.document_mask) for first in firsts]
-        self.consumed += self.global_batch
-        return batches
+        taken = self.skips.take(self.consumed, self.global_batch)
+        self.last_step = int(taken[0]), int(taken[-1])
+        self.consumed = self.last_step[1] + 1
+        of_rank = taken.reshape(self.accumulation, self.dp_size, self.micro_batch)[:, self.dp_rank]
+        return [assemble_samples(self.source, samples, self.document_mask) for samples in of_rank]
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,22 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megastab.config.errors import UserError
+from megastab.config.ranks import adopt
+from megastab.engine.mpi import agree_on_address
+from megastab.engine.network import interface_towards
 from megastab.parallel import collectives
 from megastab.wrappers.bind import quiet, skip_shm_build
 
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+# What a scheduler can go by; 2 and 86 are UserError's and TrainingEnded's, 87 is the watch's. docs/faults.md has the table.
+DONE, FAILED, STOPPED = 0, 1, 85
 
 
 def start_job() -> None:
     """Join the job (collective). A process nobody launched is a job of one rank."""
-    if not any(name in os.environ for name in (*LAUNCHER_VARIABLES, *MPI_VARIABLES)):
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    adopt()
+    # Read when the accelerator starts: one queue keeps a communication kernel from overtaking the product it must overlap with (tensor
+    # parallel). Here, because launchers carry few variables to other hosts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # DeepSpeed calls torch's collectives by names torch 2.13 is about to change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     accelerator = get_accelerator()
@@ -35,31 +40,37 @@ def start_job() -> None:
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1")))))
     else:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "MASTER_ADDR" not in os.environ:
+        agree_on_address()
+    backend = accelerator.communication_backend_name()
+    if backend == "gloo" and (interface := interface_towards(os.environ["MASTER_ADDR"])):
+        # Left alone gloo takes the address its host's name resolves to, which many systems set to loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     with quiet():
-        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name())
+        deepspeed.init_distributed(dist_backend=backend)
 
 
-def run_job(work: Callable[[], None]) -> int:
-    """Join the job, do ``work``, leave together; the exit code.
+def run_job(work: Callable[[], int | None]) -> int:
+    """Join the job, do ``work``, leave together; the exit code, which is what ``work`` returned.
 
     A failing rank says why first and is then ended hard: the backend's threads, or a collective nobody else will join, must not keep it
     alive, because the launcher ends the other ranks when this one is gone.
     """
     try:
         start_job()
-        work()
+        code = work() or DONE
         collectives.leave()
-        return 0
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except collectives.PeerFailed:
-        code = 2
+        code = error.exit_code
+    except collectives.PeerFailed as error:
+        code = error.exit_code
         time.sleep(1.0)  # let the rank that knows why say it before the launcher acts on this exit
     except BaseException:
         rank = os.environ.get("RANK", "0")
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        code = 1
+        code = FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -8,7 +8,7 @@ accumulation and data parallelism commute.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from megastab.model.stages import Payload, Sides
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.wrappers.pipeline import running_loss
+
+PIPELINED_EVALUATION = 16  # micro-batches a stage between looks at whether to stop: filling and draining the pipeline costs 1/16
 
 
 class Stepper:
@@ -79,19 +81,34 @@ class Stepper:
             yield inputs, (batch.labels, batch.weights * scale)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[MicroBatch]) -> float:
-        """Mean loss over the targets of ``batches`` on all ranks, which hold equally many micro-batches each."""
+    def evaluate(self, batches: Iterable[MicroBatch], goes_on: Callable[[], bool] = lambda: True) -> float | None:
+        """Mean loss over the targets of ``batches`` on all ranks, which hold equally many micro-batches each.
+
+        None where ``goes_on``, called alike on all ranks between micro-batches (between runs of them in a pipeline), said no.
+        """
         held = list(batches)
         targets = sum(float(batch.weights.sum()) for batch in held)
         total = collectives.sum_scalars([targets], self.grid.dp.group)[0]
         if not held or not total:
             return math.nan
+        together = PIPELINED_EVALUATION * self.grid.pp.size if self.grid.pp.size > 1 else 1
+        mine = 0.0
+        for first in range(0, len(held), together):
+            if not goes_on():
+                return None
+            mine += self._evaluate_some(held[first : first + together])
         if self.grid.pp.size > 1:
-            return self._evaluate_pipeline(held) * len(held) * self.grid.dp.size / total
+            return mine * self.grid.dp.size / total  # DeepSpeed has averaged over data-parallel ranks
+        return collectives.sum_scalars([mine], self.grid.dp.group)[0] / total
+
+    def _evaluate_some(self, held: Sequence[MicroBatch]) -> float:
+        """Sum of the losses of micro-batches: this rank's, or in a pipeline the mean over data-parallel ranks."""
+        if self.grid.pp.size > 1:
+            return self._evaluate_pipeline(held) * len(held)
         self.engine.eval()
         mine = sum(float(self.engine(*self._arguments(batch))) for batch in held)
         self.engine.train()
-        return collectives.sum_scalars([mine], self.grid.dp.group)[0] / total
+        return mine
 
     def _evaluate_pipeline(self, held: Sequence[MicroBatch]) -> float:
         self.engine.reset_activation_shape()

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megastab.checkpoint import store
 from megastab.checkpoint.manifest import Manifest
+from megastab.checkpoint.saver import Outcome, Saver
 from megastab.config.config import Config
+from megastab.data.skips import Skips
 from megastab.data.training import TrainingData
 from megastab.engine.build import Built, build
+from megastab.engine.heartbeat import Heart
 from megastab.engine.replay import replay
+from megastab.engine.rewind import Rewinds, rewind
+from megastab.engine.run_lock import RunLock, lock_folder
+from megastab.engine.signals import StopRequest
 from megastab.engine.train_step import Stepper
+from megastab.engine.watch import watching
 from megastab.model.counts import flops_per_token, num_parameters
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.stability.events import events_of_step
-from megastab.stability.policy import Verdict
 from megastab.stability.record import Event, StepRecord
-from megastab.telemetry.pictures import figure_of_sample, image_of
+from megastab.telemetry.pictures import figure_of_heads, figure_of_sample, image_of
 from megastab.telemetry.sampler import Sample, Sampler
 from megastab.telemetry.sinks import (
     RunFolder,
@@ -29,6 +37,7 @@ from megastab.telemetry.sinks import (
     console_line,
     draws_pictures,
     picture_to_monitor,
+    restart_monitor,
     sample_to_monitor,
     to_monitor,
 )
@@ -36,8 +45,8 @@ from megastab.telemetry.tags import TAGS, WEIGHT_STD
 from megastab.telemetry.throughput import peak_memory_gb, rates
 
 CHECKPOINTS = "checkpoints"  # in the run folder
-PICTURE = "activations"  # its name in TensorBoard
-SAID = ("warning", "skip", "loss_spike", "replay", "rewind", "massive_activation")  # events that also reach the console
+PICTURE, HEADS_PICTURE = "activations", "attention_heads"  # their names in TensorBoard
+SAID = ("warning", "skip", "loss_spike", "replay", "rewind", "stop", "massive_activation")  # events that also reach the console
 
 
 class Trainer:
@@ -45,20 +54,43 @@ class Trainer:
 
     def __init__(self, config: Config, grid: Grid, data: TrainingData):
         self.config, self.grid, self.data = config, grid, data
-        run = config.megastab.run
-        self.step = 0
+        run, rank = config.megastab.run, collectives.world()[0]
+        self.step, self.checkpoints = 0, Path(run.dir) / CHECKPOINTS
         # Before anything is built or written: a checkpoint that does not fit must leave its folder as it is.
         wanted = Manifest.of(config, 0, 0, data.tokenizer)
-        with collectives.together("looking for a checkpoint"):
-            self.origin = store.find(run.resume, Path(run.dir) / CHECKPOINTS, wanted)
-        self.folder = RunFolder(run.dir, is_writer=collectives.world()[0] == 0, is_new=run.resume == "none")
-        self.built: Built = build(config, grid)
+        self.damaged: list[str] = []
+        self.origin = store.find(run.resume, self.checkpoints, wanted, self.damaged.append)
+        with collectives.together("reading what was taken back"):
+            self.rewinds = Rewinds(Path(run.dir)) if run.resume == "none" else Rewinds.read(Path(run.dir))
+        self.rewinds.taken = collectives.from_first(self.rewinds.taken)  # a slow file system may show another rank less
+        self.folder = RunFolder(run.dir, is_writer=False)
+        self.lock: RunLock | None = None
+        with collectives.together("taking the run folder"):
+            if rank == 0:
+                self.folder, self.lock = lock_folder(Path(run.dir), is_new=run.resume == "none")
+        self.heart, self.stop = Heart(Path(run.dir), rank), StopRequest()
+        self.left_out = self.rewinds.skips
+        """What rewinds have left out, here and in the run this one goes on from."""
+        self.built: Built = build(config, grid, is_new=self.origin is None)
         self.engine: Any = self.built.engine
+        self.saver = Saver(self.built.adapter, grid, self.checkpoints, run.keep_last, run.keep_every, in_background=run.async_save)
         self.stepper = Stepper(self.engine, config, grid)
         self.built.controller.read_loss = self.stepper.loss_at_norm
         self.sampler = Sampler(config.megastab.telemetry, self.built.controller, config.megastab.model.num_layers)
         self.flops = flops_per_token(config.megastab.model)
         self.last: StepRecord | None = None
+        self._saved_step, self._unsaved = 0, False
+        self.leave_out(self.left_out)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """While inside signals stop the run in order, a hang or a dead neighbour ends it, and the folder stays locked."""
+        try:
+            with self.stop.listening(), watching(self.heart, self.config.megastab.run, self.stop, self.lock):
+                yield
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     def announce(self) -> None:
         """Say on the console what will run, and keep the resolved config."""
@@ -72,35 +104,69 @@ class Trainer:
         for completion in config.completions:
             self.folder.say(f"  set {completion.key} = {completion.value}: {completion.reason}")
         self.folder.say(f"  decay: {self.built.groups}")
+        if self.origin is None and config.megastab.run.init_from is not None:
+            self.folder.say(f"  weights from {config.megastab.run.init_from}; optimizer, schedule and data start anew")
         if config.warmup_steps > config.total_steps:
             self.folder.say(f"  note: the warm-up of {config.warmup_steps} steps outlasts the run of {config.total_steps}")
 
     def manifest(self) -> Manifest:
         """Where the run is."""
         stability = self.built.controller.state_dict()
-        return Manifest.of(self.config, self.step, self.data.train.consumed, self.data.tokenizer, stability)
+        made = Manifest.of(self.config, self.step, self.data.train.consumed, self.data.tokenizer, stability)
+        return replace(made, skips=[list(pair) for pair in self.left_out.ranges])
 
     def resume(self) -> None:
         """Go on from the checkpoint the config names, if there is one (collective over the job)."""
         if self.origin is None:
+            self.forget_after(0)  # of a run that ended before its first checkpoint
             return
-        manifest = store.load(self.engine, self.origin)
-        self.step, self.data.train.consumed = manifest.step, manifest.consumed
+        manifest = self.load(self.origin)
+        self.leave_out(Skips.of(manifest.skips))
         for change in self.built.controller.load_state_dict(manifest.stability):
             self.folder.event(Event(self.step, "settings", change))
             self.folder.say(f"  note: {change}")
-        self.folder.drop_after(self.step)
-        self.sampler.remember(self.folder.told())
-        self.folder.event(Event(self.step, "resume", f"from {self.origin}"))
+        self.forget_after(self.step)
+        self.tell([Event(self.step, "warning", said) for said in self.damaged])
+        change = manifest.change_of_shape(self.manifest())
+        self.folder.event(Event(self.step, "resume", f"from {self.origin}{f' in another shape: {change}' if change else ''}"))
+        if change:
+            self.folder.say(f"  the checkpoint has another shape: {change}")
         self.folder.say(f"resumed from {self.origin} at step {self.step}, {manifest.consumed} samples consumed")
 
-    def train(self) -> None:
-        """Run to the last step; the final weights are evaluated and saved."""
+    def load(self, where: Path) -> Manifest:
+        """Weights, optimizer and position of a checkpoint (collective over the job)."""
+        self.heart.beat(self.step, "loading")
+        manifest = store.load(self.built.adapter, where)
+        self.step, self.data.train.consumed = manifest.step, manifest.consumed
+        self._saved_step = self.step
+        return manifest
+
+    def leave_out(self, more: Skips) -> None:
+        """From here on, without these samples."""
+        self.left_out |= more
+        self.data.train.skips = Skips.of(self.config.megastab.data.skip) | self.left_out
+
+    def forget_after(self, step: int) -> None:
+        """What was logged after ``step`` comes again."""
+        self.folder.drop_after(step)
+        self.sampler.remember(self.folder.told())
+        if self.folder.is_writer:
+            restart_monitor(self.engine.monitor, step)
+
+    def train(self) -> bool:
+        """Run to the last step; the final weights are evaluated and saved. False if the run was stopped before, and saved."""
         run, total = self.config.megastab.run, self.config.total_steps
         if self.step == 0 and (said := self.built.controller.start_warning()):
-            self._tell([Event(0, "warning", said)])
+            self.tell([Event(0, "warning", said)])
         while self.step < total:
+            if self.stop.poll():
+                self._leave()
+                return False
+            self.heart.beat(self.step, "training")
             record, extra = self.take_step()
+            self.tell_saved(self.saver.poll())
+            if self.step < record.step:
+                continue  # it went back
             is_last = self.step == total
             if self.step % run.log_interval == 0 or is_last or self.step == 1:
                 self.folder.say(console_line(record, total, extra))
@@ -108,6 +174,19 @@ class Trainer:
                 self.evaluate()
             if is_last or (run.save_interval and self.step % run.save_interval == 0):
                 self.save()
+        self.tell_saved(self.saver.finish())
+        return True
+
+    def _leave(self) -> None:
+        """Asked to stop: save what is not, and say so."""
+        if self.step > self._saved_step:
+            self.save()
+        self.tell_saved(self.saver.finish())
+        if collectives.from_first(self._unsaved):
+            collectives.fail_alike("asked to stop, but the last steps could not be saved: older checkpoints stand")
+        self.stop.saved()
+        asked = ", ".join(sorted({name for name in collectives.gather_objects(self.stop.asked) if name}))
+        self.tell([Event(self.step, "stop", f"{asked}: saved, and left; megastab.run.resume = auto goes on from here")])
 
     def take_step(self) -> tuple[StepRecord, dict[str, float]]:
         """One optimizer step and its record."""
@@ -130,25 +209,15 @@ class Trainer:
         self._publish(record, extra)
         if sample is not None:
             self._publish_sample(sample)
-        last = self.data.train.consumed
-        self._tell(events_of_step(controller, record, verdict, (last - self.config.global_batch, last - 1)))
+        samples = self.data.train.last_step
+        assert samples is not None
+        self.tell(events_of_step(controller, record, verdict, samples, self.data.train.skips.within(*samples)))
         if controller.policy.wants_replay:
             found = replay(self.engine, self.stepper, controller, batches)
-            self._tell([Event(self.step, "replay", found.describe(), found.facts())])
+            self.tell([Event(self.step, "replay", found.describe(), found.facts())])
         if verdict.rewind:
-            self._tell([self._rewind(verdict)])
+            rewind(self, verdict)
         return record, extra
-
-    def _rewind(self, verdict: Verdict) -> Event:
-        """The hook for going back: as long as nothing does it, say where to and which samples to leave out."""
-        assert verdict.first_bad_step is not None
-        batch, last = self.config.global_batch, self.data.train.consumed
-        samples = [last - (self.step - verdict.first_bad_step + 1) * batch, last - 1]
-        good = store.newest_before(self.folder.path / CHECKPOINTS, verdict.first_bad_step)
-        where = f"resume from {good}" if good else "there is no checkpoint before them"
-        return Event(
-            self.step, "rewind", f"{verdict.rewind}: {where}, and leave out samples {samples[0]} to {samples[1]}", {"samples": samples}
-        )
 
     def _publish(self, record: StepRecord, extra: dict[str, float]) -> None:
         self.last = record
@@ -165,9 +234,11 @@ class Trainer:
             sample_to_monitor(monitor, sample.step, sample.by_tag())
             if sample.activations and draws_pictures(monitor):
                 picture_to_monitor(monitor, sample.step, PICTURE, image_of(figure_of_sample(sample)))
-        self._tell(self.sampler.events(sample))
+            if sample.attention and draws_pictures(monitor):
+                picture_to_monitor(monitor, sample.step, HEADS_PICTURE, image_of(figure_of_heads(sample)))
+        self.tell(self.sampler.events(sample))
 
-    def _tell(self, events: Sequence[Event]) -> None:
+    def tell(self, events: Sequence[Event]) -> None:
         """Into events.jsonl, and what a person at the console should not miss there as well."""
         for event in events:
             self.folder.event(event)
@@ -175,10 +246,13 @@ class Trainer:
                 self.folder.say(f"step {event.step}: {event.kind}: {event.reason}")
 
     def evaluate(self) -> float | None:
-        """Validation loss, printed and logged; None without validation data."""
+        """Validation loss, printed and logged; None without validation data, or where the run was asked to stop meanwhile."""
         if self.data.valid is None:
             return None
-        loss = self.stepper.evaluate(self.data.valid)
+        loss = self.stepper.evaluate(self.data.valid, self._goes_on)
+        if loss is None:
+            self.tell([Event(self.step, "stop", "the evaluation of this step was left out")])
+            return None
         values = {"valid_loss": loss}
         said = f"valid loss {loss:.4f}  perplexity {math.exp(min(loss, 50)):.2f}"
         if (text := self.data.valid_text) is not None:
@@ -192,7 +266,18 @@ class Trainer:
             to_monitor(self.engine.monitor, self.step, values)
         return loss
 
+    def _goes_on(self) -> bool:
+        self.heart.beat(self.step, "evaluating")
+        return not self.stop.poll()
+
     def save(self) -> None:
-        """One checkpoint (collective over the job)."""
-        where = store.save(self.engine, self.grid, self.folder.path / CHECKPOINTS, self.manifest(), self.config.megastab.run.keep_last)
-        self.folder.event(Event(self.step, "save", str(where)))
+        """One checkpoint (collective over the job). Where it cannot be written the run says so and goes on."""
+        self.heart.beat(self.step, "saving")
+        self.tell_saved(self.saver.save(self.manifest()))
+        self._saved_step = self.step
+
+    def tell_saved(self, ended: Sequence[Outcome]) -> None:
+        """How checkpoints ended, into events.jsonl."""
+        for step, where, failure in ended:
+            self._unsaved = bool(failure)
+            self.tell([Event(step, "warning", failure) if failure else Event(step, "save", str(where))])

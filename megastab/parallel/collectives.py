@@ -21,7 +21,11 @@ Work = Any  # what an asynchronous collective returns
 
 
 class PeerFailed(Exception):
-    """Another rank failed and has already said why; this one leaves quietly."""
+    """Another rank failed and has already said why; this one leaves quietly, with the same exit code."""
+
+    def __init__(self, message: str, exit_code: int = UserError.exit_code):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def is_initialized() -> bool:
@@ -151,6 +155,25 @@ def sum_doubles_(values: Tensor, group: Group) -> None:
         values.copy_(staged)
 
 
+def own_channel() -> Group:
+    """A group of all ranks beside the job's, on the CPU: what it sends waits for no kernel (collective over the job)."""
+    return dist.new_group(backend="gloo") if world()[1] > 1 else None
+
+
+def any_of(flag: bool, channel: Group) -> bool:
+    """Whether ``flag`` is set on any rank of a group on the CPU; one all-reduce of one integer."""
+    if channel is None:
+        return flag
+    found = torch.tensor([int(flag)])
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=channel)
+    return bool(found)
+
+
+def from_first(value: Any) -> Any:
+    """The first rank's ``value``, on every rank of the job."""
+    return gather_objects(value if world()[0] == 0 else None)[0]
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's ``value``, on every rank of the job."""
     return gather_objects_in(value, dist.group.WORLD) if is_initialized() else [value]
@@ -178,11 +201,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def fail_alike(message: str) -> NoReturn:
+def fail_alike(message: str, kind: type[UserError] = UserError) -> NoReturn:
     """End the job over something every rank has found alike: the first rank says it, the others leave quietly."""
     if world()[0] == 0:
-        raise UserError(message)
-    raise PeerFailed(message)
+        raise kind(message)
+    raise PeerFailed(message, kind.exit_code)
 
 
 @contextmanager

@@ -20,8 +20,11 @@ class History:
     """StepRecords and the rates beside them."""
     evaluations: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    """Those that stand."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """Lines of ``telemetry.jsonl``: the looks inside the model."""
+    undone: list[dict[str, Any]] = field(default_factory=list)
+    """Events of steps that were taken back, by a rewind or by a resume from an older checkpoint."""
 
     def column(self, key: str) -> list[float]:
         """One number a step; NaN where there is none."""
@@ -48,7 +51,7 @@ class History:
         _, valid = self.evaluated("valid_loss")
         parts += [f"valid {valid[-1]:.3f}"] if valid else []
         parts += [f"{tokens / seconds / 1e3:.1f}k tokens/s"] if seconds else []
-        spikes, rewinds = (len({event["step"] for event in self.events_of(kind)}) for kind in ("loss_spike", "rewind"))
+        spikes, rewinds = len({event["step"] for event in self.events_of("loss_spike")}), len(self.events_of("rewind"))
         counted = {"clipped": len(self.steps_where("clip")), "skipped": len(self.steps_where("skip"))}
         counted |= {"loss spike" if spikes == 1 else "loss spikes": spikes, "rewind" if rewinds == 1 else "rewinds": rewinds}
         return ", ".join(parts + [f"{count} {what}" for what, count in counted.items() if count])
@@ -66,7 +69,10 @@ def read_history(run_folder: str | Path) -> History:
     if not steps:
         raise UserError(f"{folder / 'metrics.jsonl'} holds no step: give the megastab.run.dir of a run that has taken one")
     evaluations = [line for line in lines if "valid_loss" in line]
-    return History(folder.resolve().name, steps, evaluations, _lines(folder / "events.jsonl"), _lines(folder / "telemetry.jsonl"))
+    events: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for event in _lines(folder / "events.jsonl"):
+        events[bool(event.get("undone"))].append(event)
+    return History(folder.resolve().name, steps, evaluations, events[False], _lines(folder / "telemetry.jsonl"), events[True])
 
 
 def read_run_config(run_folder: str | Path) -> dict[str, Any]:

@@ -40,7 +40,6 @@ def sentence(history: History, incidents: list[Incident]) -> str:
     overflows = sum(i.is_overflow for i in incidents)
     skips = sum(i.action == "skip" for i in incidents) - overflows
     clips = sum("clip" in i.kinds for i in incidents)
-    rewinds = len({event["step"] for event in history.events_of("rewind")})
     said = [
         counted(sum(not i.is_finite and not i.is_overflow for i in incidents), "step was not finite", "steps were not finite"),
         counted(skips, "step was skipped", "steps were skipped"),
@@ -49,7 +48,7 @@ def sentence(history: History, incidents: list[Incident]) -> str:
         counted(sum("norm_spike" in i.kinds for i in incidents), "norm spike"),
         counted(clips, "step stood out and was clipped", "steps stood out and were clipped") + f" ({_percent(clips, history)})",
         counted(len(history.events_of("rescale")), "rescale of a matrix", "rescales of matrices"),
-        counted(rewinds, "rewind"),
+        counted(len(history.events_of("rewind")), "rewind"),
         counted(len(history.events_of("warning")), "warning"),
     ]
     said = [words for words in said if not words.startswith("0 ")]
@@ -77,7 +76,6 @@ def _leader(incidents: list[Incident]) -> str:
 
 def _row(incident: Incident) -> list[str]:
     missing = "&ndash;" if incident.is_finite else _bad("not finite")
-    first_last = incident.samples
     return [
         str(incident.step),
         f"{_what(incident)}{''.join(f'<small>{text(reason)}</small>' for reason in incident.reasons if reason)}",
@@ -86,9 +84,17 @@ def _row(incident: Incident) -> list[str]:
         figure(incident.threshold),
         _done(incident),
         "".join(share_bar(name, share) for name, share in incident.top) or "&ndash;",
-        f'<span class="line">{first_last[0]} to {first_last[1]}</span>' if first_last else "&ndash;",
+        _samples(incident),
         f'<span class="line">{" &rarr; ".join(map(_loss, incident.losses))}</span><small>{_reaction(incident)}</small>',
     ]
+
+
+def _samples(incident: Incident) -> str:
+    if incident.samples is None:
+        return "&ndash;"
+    without = ", ".join(f"{first} to {last}" for first, last in incident.left_out)
+    span = f'<span class="line">{incident.samples[0]} to {incident.samples[1]}</span>'
+    return span + (f"<small>without {without}</small>" if without else "")
 
 
 def _bad(words: str) -> str:

@@ -45,6 +45,8 @@ class Incident:
     """(parameter, share of the squared norm), largest first; the share is NaN where that gradient was not finite."""
     samples: tuple[int, int] | None
     """First and last sample of the batch."""
+    left_out: tuple[tuple[int, int], ...]
+    """What the batch leaves out between these: first and last of each range."""
     losses: tuple[float | None, float | None, float | None]
     """Just before, at, and just after the step; None where the run has no such step."""
     rise: float
@@ -161,6 +163,7 @@ def _incident(step: int, records: list[dict[str, Any]], losses: list[float], pla
         scale=_first([record, *decided], "clip_scale", "scale"),
         top=next((top for event in events if (top := _top(event.get("top")))), ()),
         samples=next((pair for event in events if (pair := _samples(event.get("samples")))), None),
+        left_out=next((left for event in events if (left := _left_out(event.get("left_out")))), ()),
         losses=_around(losses, place, events),
         rise=rise,
         rise_sigmas=sigmas,
@@ -197,6 +200,10 @@ def _first(sources: list[dict[str, Any]], *keys: str) -> float:
 def _top(value: Any) -> tuple[tuple[str, float], ...]:
     entries = [entry for entry in value if isinstance(entry, dict) and entry.get("name")] if isinstance(value, list) else []
     return tuple((str(entry["name"]), number(entry.get("share"))) for entry in entries[:5])
+
+
+def _left_out(value: Any) -> tuple[tuple[int, int], ...]:
+    return tuple(pair for each in value if (pair := _samples(each))) if isinstance(value, list) else ()
 
 
 def _samples(value: Any) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from statistics import median
 from typing import Any
 
@@ -68,7 +69,16 @@ def turns(history: History, incidents: list[Incident]) -> str:
     more = note(f"and {len(lines) - SHOWN_EVENTS} more: see events.jsonl.") if len(lines) > SHOWN_EVENTS else ""
     saves = [event["step"] for event in history.events_of("save")]
     saved = note(f"{counted(len(saves), 'checkpoint')} written, the last at step {saves[-1]}.") if saves else ""
-    return section("Along the way", bullets(lines[:SHOWN_EVENTS]), more, saved)
+    return section("Along the way", bullets(lines[:SHOWN_EVENTS]), more, saved, _taken_back(history))
+
+
+def _taken_back(history: History) -> str:
+    """What had happened in steps that were taken again since, by kind."""
+    kinds = Counter(str(event.get("kind")) for event in history.undone)
+    if not kinds:
+        return ""
+    told = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.most_common())
+    return note(f"Of steps that were taken back and taken again: {text(told)} (marked undone in events.jsonl).")
 
 
 def evaluations(history: History) -> str:

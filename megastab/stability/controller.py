@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from megastab.config.errors import TrainingEnded
 from megastab.config.schema_stability import PolicyConfig, StabilityConfig
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
@@ -121,7 +122,8 @@ class Controller:
                 decided = rule.observe(norm)
             decision = self.policy.at_norm(norm, capped(decided, norm, self.cap))
         except FloatingPointError as error:
-            collectives.fail_alike(f"training stopped: {error}. Resume from the last checkpoint with a lower optimizer.params.lr")
+            why = f"training stopped: {error}. Resume from the last checkpoint with a lower optimizer.params.lr"
+            collectives.fail_alike(why, TrainingEnded)
         self.norm_spike = self._spike(norm) if self._watch is not None else ""
         if decision.reason or self.norm_spike:
             self.top = top_shares(self.norms.squares())  # before anything is scaled, and only for a step that stands out
@@ -243,6 +245,14 @@ class Controller:
             self._watch.load_state_dict(state["watch"])
         self.clip_rate = float(state.get("clip_rate", 0.0))
         return differs
+
+
+def go_back(controller: Controller, state: Mapping[str, Any]) -> None:
+    """The state of a checkpoint before bad steps, in the run that met them; the policy counts from none."""
+    policy = controller.policy
+    met = policy.num_nonfinite
+    controller.load_state_dict(state)
+    policy.forget_bad_steps(met)
 
 
 def build_controller(

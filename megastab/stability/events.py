@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,13 @@ from megastab.stability.qk_clip import QKClip
 from megastab.stability.record import Event, StepRecord
 
 
-def events_of_step(controller: Controller, record: StepRecord, verdict: Verdict, samples: tuple[int, int] | None = None) -> list[Event]:
+def events_of_step(
+    controller: Controller,
+    record: StepRecord,
+    verdict: Verdict,
+    samples: tuple[int, int] | None = None,
+    left_out: Sequence[Sequence[int]] = (),
+) -> list[Event]:
     """What there is to tell of the step just taken; nothing for an ordinary one.
 
     Args:
@@ -19,6 +26,7 @@ def events_of_step(controller: Controller, record: StepRecord, verdict: Verdict,
         record: of that step.
         verdict: the policy's.
         samples: ids of the first and the last sample of its batch, where they are known.
+        left_out: (first, last) of what the batch leaves out between these.
     """
     facts: dict[str, Any] = {
         "loss": record.loss,
@@ -28,6 +36,7 @@ def events_of_step(controller: Controller, record: StepRecord, verdict: Verdict,
         "scale": record.clip_scale,
     }
     facts |= {"top": [asdict(share) for share in controller.top], "samples": None if samples is None else list(samples)}
+    facts |= {"left_out": [list(pair) for pair in left_out]} if left_out else {}
     events = []
     if record.reason:
         events.append(Event(record.step, record.action if record.action != "apply" else "warning", record.reason, facts))

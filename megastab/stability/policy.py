@@ -10,7 +10,8 @@
     a norm above ``norm_spike`` where no rule       written down, with the matrices that carried it
     keeps a score
     a loss whose robust z is above ``loss_spike``   the step is taken, and counted as bad
-    ``rewind_after`` bad steps in a row             go back to the last good checkpoint, and on without the samples between
+    ``rewind_after`` bad steps in a row             go back to the last good checkpoint, and on without the bad steps' samples; one
+                                                    more than ``max_rewinds`` of them without a step beyond the furthest ends the run
 
 A skipped step leaves weights, moments, schedule and statistics as they were.
 """
@@ -95,6 +96,12 @@ class Policy:
         self.bad_in_a_row, self.first_bad_step = 0, None
         self.losses.restart()
         return Verdict(said, why, first)
+
+    def forget_bad_steps(self, num_nonfinite: int) -> None:
+        """After going back: the row of bad steps begins anew, and that the run has met ``num_nonfinite`` of them stays known."""
+        self.num_nonfinite = max(num_nonfinite, self.num_nonfinite)
+        self.nonfinite_in_a_row = self.bad_in_a_row = 0
+        self.first_bad_step = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""

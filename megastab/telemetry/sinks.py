@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ class RunFolder:
 
     def __init__(self, path: str | Path, is_writer: bool, is_new: bool = False):
         self.path, self.is_writer = Path(path), is_writer
+        self.kept: Path | None = None
+        """Where the earlier run was moved to."""
         if not is_writer:
             return
         if is_new and (self.path / "config.json").exists():
             kept = next(aside for n in itertools.count(1) if not (aside := Path(f"{self.path}.{n}")).exists())
             self.path.rename(kept)
+            self.kept = kept
             self.say(f"{self.path} held an earlier run, kept as {kept}")
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -34,14 +38,24 @@ class RunFolder:
             (self.path / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
 
     def drop_after(self, step: int) -> None:
-        """On resume, forget what was logged after the checkpoint: those steps are taken again."""
+        """On resume or after a rewind, forget the numbers logged after ``step``: those steps are taken again.
+
+        Events are never lost: those of the steps taken back are kept with ``"undone": true``.
+        """
         if not self.is_writer:
             return
-        for name in ("metrics.jsonl", "events.jsonl", "telemetry.jsonl"):
-            path = self.path / name
-            if path.exists():
-                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-                path.write_text("".join(f"{line}\n" for line in kept))
+        for name in ("metrics.jsonl", "telemetry.jsonl"):
+            self._rewrite(name, lambda line: line if _step_of(line) <= step else None)
+        self._rewrite("events.jsonl", lambda line: line if _step_of(line) <= step else _undone(line))
+
+    def _rewrite(self, name: str, change: Callable[[str], str | None]) -> None:
+        """Every line as ``change`` has it, without those that become None; a crash leaves the old file or the new one."""
+        path = self.path / name
+        if path.exists():
+            kept = [line for old in path.read_text().splitlines() if (line := change(old)) is not None]
+            aside = path.with_suffix(".new")
+            aside.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(aside, path)
 
     def step(self, record: StepRecord, extra: Mapping[str, float]) -> None:
         """One line of metrics.jsonl."""
@@ -60,11 +74,12 @@ class RunFolder:
         self._append("telemetry.jsonl", line)
 
     def told(self) -> list[dict[str, Any]]:
-        """The lines of events.jsonl so far; none where this rank does not write, or the file cannot be read."""
+        """The lines of events.jsonl that stand; none where this rank does not write, or the file cannot be read."""
         path = self.path / "events.jsonl"
         if not self.is_writer or not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < 1 << 62]
+        lines = [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < 1 << 62]
+        return [line for line in lines if not line.get("undone")]
 
     def say(self, text: str) -> None:
         """One line on the console."""
@@ -82,6 +97,24 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return 1 << 62  # a line cut off by a crash
+
+
+def _undone(line: str) -> str | None:
+    """An event of a step taken back; None for a line cut off by a crash. A rewind stands: what it left out stays out."""
+    if _step_of(line) == 1 << 62:
+        return None
+    event = json.loads(line)
+    return line if event.get("kind") == "rewind" else json.dumps({**event, "undone": True})
+
+
+def restart_monitor(monitor: Any, step: int) -> None:
+    """Have TensorBoard drop the points after ``step``: they come again (on rank 0, where the JSON enables it)."""
+    writer = getattr(getattr(monitor, "tb_monitor", None), "summary_writer", None)
+    if writer is not None:
+        from tensorboard.compat.proto.event_pb2 import Event as Record
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        writer.file_writer.add_event(Record(session_log=SessionLog(status=SessionLog.START)), step + 1)
 
 
 def to_monitor(monitor: Any, step: int, values: Mapping[str, float]) -> None:

@@ -39,12 +39,19 @@ def test_a_bad_step_is_skipped_replayed_and_explained(
     assert taken[4]["action"] != "skip" and taken[6]["loss"] < taken[1]["loss"]
 
 
-def test_bad_steps_in_a_row_ask_for_a_rewind_and_then_end_the_run(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("rewind_after", "said", "rewinds"),
+    [("2", "after 2 rewinds without a step beyond the furthest", [4, 4]), ("null", "3 steps in a row could not be used", [])],
+    ids=["rewinding", "only counting"],
+)
+def test_steps_that_stay_bad_end_the_run(
+    rewind_after: str, said: str, rewinds: list[int], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = ["megastab.stability.policy.rewind_after=2", "megastab.stability.policy.max_nonfinite_in_a_row=2"]
+    settings = {"rewind_after": rewind_after, "max_nonfinite_in_a_row": 2, "max_rewinds": 2}
+    policy = [f"megastab.stability.policy.{key}={value}" for key, value in settings.items()]
     done = run(config_file, "3,4,5,6", monkeypatch, "megastab.run.save_interval=1", *policy)
-    assert done.code != 0 and "training stopped: 3 steps in a row could not be used" in done.text, done.text
-    (rewind,) = (event for event in events(tmp_path) if event["kind"] == "rewind")
-    assert rewind["step"] == 4 and rewind["samples"] == [8, 15]
-    assert "2 bad steps in a row, from step 3" in rewind["reason"] and "step00000002" in rewind["reason"]
+    assert done.code == 86 and "error: training stopped: " in done.text and said in done.text, done.text
+    assert done.text.count("error: ") == 1 and "Traceback" not in done.text
+    found = [event for event in events(tmp_path) if event["kind"] == "rewind"]
+    assert [event["step"] for event in found] == rewinds and [event["samples"] for event in found] == [[8, 15], [16, 23]][: len(found)]
+    assert all("2 bad steps in a row, from step 3: went back to step00000002" in event["reason"] for event in found)

@@ -64,9 +64,11 @@ def save_own(run: Path, tokenizer: Tokenizer | None = None, model: nn.Module | N
     """A run folder with one checkpoint of a model of ours (tests.unit.model_generate.tiny), written without an engine."""
     import json
 
+    from safetensors.torch import save_file
+
     from megastab.checkpoint.manifest import Manifest
-    from megastab.checkpoint.weights import FOLDER, save_weights
-    from megastab.parallel.grid import Grid
+    from megastab.checkpoint.weights import FOLDER
+    from megastab.parallel.param_info import info_of
     from tests.unit.model_generate.tiny import tiny_model
 
     config = tiny_config(run=run, tokenizer=str(tokenizer.path) if tokenizer else None, model=changes)
@@ -75,5 +77,11 @@ def save_own(run: Path, tokenizer: Tokenizer | None = None, model: nn.Module | N
     (run / "config.json").write_text(json.dumps(config.resolved()))
     (run / "checkpoints" / "latest").write_text(folder.name)
     Manifest.of(config, 3, 6, tokenizer.fingerprint if tokenizer else None).write(folder)
-    save_weights(model or tiny_model(**changes), Grid.create(1, 1, False, 1), folder / FOLDER)
+    matrices = {}
+    for parameter in (model or tiny_model(**changes)).parameters():
+        info = info_of(parameter)
+        rows = parameter.detach().split([part.rows for part in info.parts])
+        matrices |= {part.name: piece.clone() for part, piece in zip(info.parts, rows, strict=True)}
+    (folder / FOLDER).mkdir()
+    save_file(matrices, folder / FOLDER / "pp00-tp00.safetensors", metadata={"starts": json.dumps(dict.fromkeys(matrices, 0))})
     return run

@@ -220,3 +220,9 @@ def test_loading_imports_neither_torch_nor_deepspeed() -> None:
     )
     path = next(path for path in CONFIGS if path.stem == "quickstart")
     subprocess.run([sys.executable, "-c", program, str(path)], check=True, timeout=60, cwd=path.parents[1])
+
+
+def test_samples_to_skip_are_ranges(load, refuse) -> None:
+    assert load("megastab.data.skip=[[3, 9], [0, 0]]").megastab.data.skip == [(3, 9), (0, 0)]
+    assert "megastab.data: skip holds [9, 3], which ends before it begins: write [3, 9]" in refuse("megastab.data.skip=[[9, 3]]")
+    assert "megastab.data.skip.0.0 = -1" in refuse("megastab.data.skip=[[-1, 3]]")

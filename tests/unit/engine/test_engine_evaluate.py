@@ -84,3 +84,33 @@ def mean_by_hand() -> tuple[float, float, float]:
 def test_evaluation_is_the_mean_over_targets() -> None:
     found, expected, nothing = run_ranks(1, mean_by_hand)[0]
     assert found == pytest.approx(expected, rel=1e-6) and nothing != nothing
+
+
+def stopped_after(config: dict[str, Any], looks: int) -> tuple[float | None, float | None, int]:
+    """On a rank: an evaluation that is told to stop at its ``looks``-th look, one that is not, and how often the latter looked."""
+    from megastab.data.batches import evaluation_batches
+    from tests import jobs
+    from tests.layouts import SyntheticSource
+
+    job, seen = jobs.start(config), []
+
+    def goes_on() -> bool:
+        seen.append(True)
+        return len(seen) < looks
+
+    sizes = {"micro_batch": job.config.micro_batch, "dp_rank": job.grid.dp.rank, "dp_size": job.grid.dp.size, "document_mask": False}
+    batches = evaluation_batches(SyntheticSource(), 240, **sizes)
+    whole, counted = job.stepper.evaluate(batches), []
+    stopped = job.stepper.evaluate(batches, goes_on)
+    again = job.stepper.evaluate(batches, lambda: counted.append(True) is None)
+    assert again == whole and job.stepper.engine.training
+    job.step()  # the engine is fit for training
+    return stopped, again, len(counted)
+
+
+@pytest.mark.parametrize(("layout", "looks"), [(Layout(2), 20), (Layout(2, pp=2, accumulation=12), 8)], ids=["dp2", "pp2"])
+def test_an_evaluation_can_be_left_at_every_look(layout: Layout, looks: int) -> None:
+    ranks = run_ranks(layout.world, stopped_after, config_of(layout), 3)
+    (single,) = run_ranks(1, stopped_after, config_of(Layout(1)), 3)
+    for stopped, loss, counted in ranks:
+        assert stopped is None and counted == looks and loss == pytest.approx(single[1], rel=2e-6)

@@ -153,3 +153,16 @@ def test_rescales_are_summed_by_matrix(run: RunMaker) -> None:
     assert (second.name, second.times) == ("layers.1.q", 2) and second.smallest_factor == pytest.approx(0.01 / 0.0105)
     assert (third.name, third.times) == ("head", 1)  # harder than the others, and only once
     assert last.name == "?" and math.isnan(last.smallest_factor)
+
+
+def test_what_was_taken_back_is_no_incident(run: RunMaker) -> None:
+    undone = Event(5, "skip", "not finite", {"samples": [40, 47], "undone": True})
+    history = read_history(run(events=(undone, Event(6, "rewind", "two bad steps"), Event(6, "rewind", "two more"))))
+    assert incidents_of(history) == [] and [event["step"] for event in history.undone] == [5]
+    assert "2 rewinds" in history.summary()
+
+
+def test_a_batch_with_a_gap_says_what_it_leaves_out(run: RunMaker) -> None:
+    event = Event(5, "skip", "not finite", {"samples": [40, 60], "left_out": [[44, 50], [52, "x"], [55, 57]]})
+    (incident,) = incidents_of(read_history(run({5: {"action": "skip"}}, events=(event,))))
+    assert incident.samples == (40, 60) and incident.left_out == ((44, 50), (55, 57))

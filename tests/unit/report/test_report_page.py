@@ -238,3 +238,12 @@ def test_a_place_that_cannot_be_written_is_one_error(run: RunMaker) -> None:
 def test_a_page_imports_no_torch() -> None:
     code = "import sys, megastab.report.page; assert not {'torch', 'deepspeed', 'matplotlib'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_a_rewind_is_told_with_what_it_undid_and_left_out(run: RunMaker, tmp_path: Path) -> None:
+    skip = {"samples": [40, 60], "left_out": [[44, 50]]}
+    events = (Event(9, "loss_spike", "out", {"undone": True}), Event(10, "rewind", "8 bad steps: went back"), Event(12, "skip", "x", skip))
+    page = read(write_page(run({12: {"action": "skip"}}, events=events), tmp_path / "page.html"))
+    assert "1 rewind" in page.text and "step 10: rewind 8 bad steps: went back" in page.text
+    assert "Of steps that were taken back and taken again: 1 loss spike" in page.text
+    assert row_of(page, 12)[7] == "40 to 60without 44 to 50"

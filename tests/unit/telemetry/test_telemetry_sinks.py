@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from megastab.stability.record import Event, StepRecord
-from megastab.telemetry.sinks import RunFolder, console_line, to_monitor
+from megastab.telemetry.sinks import RunFolder, console_line, restart_monitor, to_monitor
 from megastab.telemetry.tags import TAGS, to_markdown
 from megastab.telemetry.throughput import peak_memory_gb, rates
 
@@ -53,7 +53,9 @@ def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # a crash in the middle of a line
     folder.drop_after(2)
-    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2] and lines(tmp_path / "events.jsonl") == []
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    (event,) = lines(tmp_path / "events.jsonl")
+    assert event == {"step": 4, "kind": "skip", "reason": "", "undone": True} and folder.told() == []
 
 
 def test_a_new_run_keeps_the_old_one_aside(tmp_path: Path) -> None:
@@ -94,3 +96,33 @@ def test_rates_are_per_second_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEGASTAB_PEAK_TFLOPS")
     assert "mfu" not in rates(1000, 0.5, 1e11, 4), "no share of a peak nobody knows"
     assert 0.01 < peak_memory_gb() < 1000
+
+
+def test_events_of_steps_taken_back_are_kept_and_marked(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, is_writer=True)
+    for step, kind in ((2, "clip"), (4, "skip"), (5, "rewind"), (5, "skip")):
+        folder.event(Event(step, kind, "why"))
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"step": 6, "ki')
+    folder.drop_after(3)
+    folder.drop_after(3)
+    found = [(line["step"], line["kind"], line.get("undone", False)) for line in lines(tmp_path / "events.jsonl")]
+    assert found == [(2, "clip", False), (4, "skip", True), (5, "rewind", False), (5, "skip", True)]
+    assert [line["kind"] for line in folder.told()] == ["clip", "rewind"] and not list(tmp_path.glob("*.new"))
+
+
+def test_tensorboard_drops_what_comes_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(tmp_path))
+    monitor = SimpleNamespace(tb_monitor=SimpleNamespace(summary_writer=writer))
+    for step in (1, 2, 3, 4):
+        writer.add_scalar("loss", 1.0, step)
+    restart_monitor(monitor, 2)
+    for step in (3, 4, 5):
+        writer.add_scalar("loss", 2.0, step)
+    writer.close()
+    told = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(each.step, each.value) for each in told] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+    restart_monitor(SimpleNamespace(), 2)  # nothing to restart
