@@ -63,6 +63,13 @@ def test_a_fused_matrix_parts_where_its_members_do() -> None:
     assert [linear.parts for linear in subject.linears() if linear.layer == 0] == [(32, 16, 16), (32,), (64, 64), (32,)]
 
 
+def plain_attention(subject: Subject, layer: int) -> Tensor:
+    kept: list[Tensor] = []
+    with subject.watch(subject.attentions[layer : layer + 1], lambda _, hidden_BSD: kept.append(hidden_BSD.clone())):
+        subject.run(TOKENS)
+    return kept[0]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "ours"])
 def test_a_replacement_takes_the_outputs_place_for_all_samples(family: str) -> None:
     subject = own_subject(tiny_model(), "ours") if family == "ours" else subject_of(foreign_model(family), family)
@@ -76,7 +83,11 @@ def test_a_replacement_takes_the_outputs_place_for_all_samples(family: str) -> N
 
     with subject.watch(subject.attentions[1:2], double), subject.watch(subject.attentions[1:2], keep):
         changed = subject.logits(TOKENS)
+    doubled = plain_attention(subject, 1)
+    torch.testing.assert_close(given[0], doubled * torch.tensor([1.0, 3.0])[:, None, None])  # who watches behind sees it, in all samples
     assert torch.equal(changed[0], plain[0]) and not torch.allclose(changed[1], plain[1])
+    with subject.watch(subject.attentions[1:2], lambda _, hidden_BSD: hidden_BSD.clone()):
+        assert torch.equal(subject.logits(TOKENS), plain), "the same in its place changes nothing"
     assert torch.equal(subject.logits(TOKENS), plain), "hooks are gone"
 
 
@@ -170,5 +181,5 @@ def test_a_model_without_its_tokenizer_still_opens(tmp_path: Path) -> None:
     foreign_model().save_pretrained(tmp_path / "bare")  # type: ignore[operator]
     for subject in (open_subject(tmp_path / "bare"), open_subject(save_own(tmp_path / "mine"))):
         assert subject.bos is None and subject.token_text(7) == "<7>" and subject.decode([7, 8]) == "<7> <8>"
-        with pytest.raises(UserError, match="give token ids, the prefix of a .bin/.idx dataset"):
+        with pytest.raises(UserError, match="Or give token ids: the prefix of a .bin/.idx dataset"):
             subject.encode("a")
