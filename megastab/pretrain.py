@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from megastab.config.errors import UserError
 from megastab.config.load import load_config
+from megastab.config.ranks import is_first
 
 if TYPE_CHECKING:
     from megastab.config.config import Config
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(render(plan(config)))
             return 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank reads the same file and finds the same fault
+        if is_first():  # every rank reads the same file and finds the same fault
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     from megastab.engine.launch import run_job
@@ -60,10 +61,12 @@ def train(config: Config) -> int:
     """Build the run on this rank and train it to its last step; the exit code, which tells whether it was stopped before."""
     from megastab.data.training import open_training_data
     from megastab.engine.launch import DONE, STOPPED
+    from megastab.engine.preflight import check_hosts
     from megastab.engine.trainer import Trainer
     from megastab.parallel import collectives
     from megastab.parallel.grid import Grid
 
+    check_hosts(config)
     with collectives.together("opening the data"):
         config, sources = open_training_data(config)
     parallel = config.megastab.parallel

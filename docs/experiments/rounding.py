@@ -12,27 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megastab.analysis.rounding import absmax, zeropoint
 from megastab.parallel.layers import ColumnParallelLinear
 
 KINDS = ("W4", "W8A8", "W4A8", "W4A4")
 """Weights of 4 bits, asymmetric by output channel; weights and inputs of 8 bits, symmetric, one scale a tensor; and weights as in W4 with
 inputs of 8 and of 4 bits, one scale a tensor."""
-
-
-def absmax(x: Tensor, bits: int, largest: Tensor) -> Tensor:
-    """Rounded to 2^bits - 1 values even about 0, ``largest`` the outermost; what lies beyond it is cut."""
-    top = 2 ** (bits - 1) - 1
-    scale = (largest / top).clamp_min(torch.finfo(x.dtype).tiny)
-    return (x / scale).round().clamp(-top, top) * scale
-
-
-def zeropoint(x: Tensor, bits: int, inputs_dim: int) -> Tensor:
-    """Rounded to 2^bits values from the least to the largest along ``inputs_dim``, 0 among them."""
-    steps = 2**bits - 1
-    low, high = x.amin(inputs_dim, keepdim=True).clamp(max=0), x.amax(inputs_dim, keepdim=True).clamp(min=0)
-    scale = ((high - low) / steps).clamp_min(torch.finfo(x.dtype).tiny)
-    zero = (-low / scale).round()
-    return ((x / scale).round().add(zero).clamp(0, steps) - zero) * scale
 
 
 def matrices(model: nn.Module) -> list[nn.Module]:
@@ -59,7 +44,7 @@ def rounded(model: nn.Module, kind: str, largest: list[Tensor]) -> nn.Module:
     for matrix, limit in zip(matrices(result), largest, strict=True):
         weight = matrix.weight
         if kind.startswith("W8"):
-            weight.copy_(absmax(weight, 8, weight.abs().max()))
+            weight.copy_(absmax(weight, 8))
         else:
             weight.copy_(zeropoint(weight, 4, 1 if isinstance(matrix, ColumnParallelLinear) else 0))  # [out, in], or [in, out]
         if input_bits:
@@ -68,4 +53,4 @@ def rounded(model: nn.Module, kind: str, largest: list[Tensor]) -> nn.Module:
 
 
 def _rounding(bits: int, limit: Tensor) -> Any:
-    return lambda _module, inputs: (absmax(inputs[0], bits, limit), *inputs[1:])
+    return lambda _module, inputs: (absmax(inputs[0], bits, limit=limit), *inputs[1:])

@@ -1,1 +1,1 @@
-"""Complete or not there: DeepSpeed's states, a manifest that says what they are of, and weights any layout can read."""
+"""Complete or not there: masters and moments by their place in the whole matrices, which any layout can read; nothing is unpickled."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from megastab.checkpoint.tensor_file import write_text
 from megastab.config.config import Config
 from megastab.config.errors import UserError
 from megastab.config.schema import ModelConfig
+from megastab.optim.ortho_adam import ortho_settings
 
 FILE = "megastab.json"
-FORMAT = 1
+FORMAT = 2  # 1 was DeepSpeed's states
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class Manifest:
     tokenizer: str | None
     stability: dict[str, Any] = field(default_factory=dict)
     """State of the stability methods: plain values, the same on every rank."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Its type, and for OrthoAdam what the coordinates of its moments depend on."""
+    scalars: dict[str, Any] = field(default_factory=dict)
+    """The engine's counters, the schedule's position and the loss scale."""
+    files: dict[str, list[int]] = field(default_factory=dict)
+    """Bytes and CRC-32 of every other file of the checkpoint, by its path in the folder."""
     skips: list[list[int]] = field(default_factory=list)
     """(first, last) of the samples that rewinds have left out so far."""
     format: int = FORMAT
@@ -40,11 +49,16 @@ class Manifest:
     ) -> Manifest:
         """The manifest of a run at a step."""
         layout = {**asdict(config.layout), "zero_stage": config.zero_stage, "precision": config.precision}
-        return cls(step, consumed, config.megastab.model.model_dump(mode="json"), layout, tokenizer, stability or {})
+        layout["sequence"] = config.megastab.parallel.sequence
+        optimizer = {"type": config.optimizer_type}
+        if config.optimizer_type == "OrthoAdam":
+            optimizer |= ortho_settings(config.optimizer_params)
+        return cls(step, consumed, config.megastab.model.model_dump(mode="json"), layout, tokenizer, stability or {}, optimizer)
 
     def write(self, tag_folder: Path) -> None:
-        """Write into the checkpoint's folder."""
-        (tag_folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Write into the checkpoint's folder, last of all its files."""
+        values = asdict(self)
+        write_text(tag_folder / FILE, json.dumps({**values, "checksum": _checksum(values)}, indent=2) + "\n")
 
     @classmethod
     def read(cls, tag_folder: Path) -> Manifest:
@@ -52,27 +66,47 @@ class Manifest:
         path = tag_folder / FILE
         try:
             found = json.loads(path.read_text())
+            if found.get("format", 1) > 1 and found.pop("checksum") != _checksum(found):
+                raise ValueError("its checksum is another")
             return cls(**found)
         except FileNotFoundError:
             raise UserError(
                 f"{tag_folder} is not a megastab checkpoint (no {FILE}): set megastab.run.resume to a checkpoints folder, or none"
             ) from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}): set megastab.run.resume to an older checkpoint, or none") from None
 
     def check(self, wanted: Manifest, where: Path) -> None:
-        """Refuse to resume ``wanted`` from this: another model, or a layout whose states would not fit."""
+        """Refuse to resume ``wanted`` from this: another model, optimizer or tokenizer. Any layout and precision will do."""
+        if self.format != FORMAT:
+            raise UserError(
+                f"the checkpoint {where} is of format {self.format} (DeepSpeed's own states), and this megastab reads {FORMAT}: finish the "
+                "run with the version that wrote it, or set megastab.run.resume=none; its weights folder can still be sampled from"
+            )
         there, here = _completed(self.model), _completed(wanted.model)
         for what, mine, theirs, fix in (
             ("model", there, here, "train it in another megastab.run.dir, or set megastab.run.resume=none"),
-            ("layout", self.layout, wanted.layout, "resume with the layout it was saved with"),
+            ("optimizer", self.optimizer, wanted.optimizer, "its moments mean nothing here: resume with the optimizer it was saved with"),
         ):
-            different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+            different = _different(mine, theirs)
             if different:
                 said = ", ".join(f"{key} {mine.get(key)} there, {theirs.get(key)} here" for key in different)
                 raise UserError(f"the checkpoint {where} is of another {what} ({said}): {fix}")
         if self.tokenizer is not None and wanted.tokenizer is not None and self.tokenizer != wanted.tokenizer:
             raise UserError(f"the checkpoint {where} was trained with another tokenizer: set megastab.data.tokenizer to that one")
+
+    def change_of_shape(self, wanted: Manifest) -> str:
+        """How ``wanted`` is cut otherwise, in words; empty where it is not."""
+        names = [key for key in wanted.layout if key in _different(self.layout, wanted.layout)]
+        return ", ".join(f"{key} {self.layout.get(key)} -> {wanted.layout[key]}" for key in names)
+
+
+def _different(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+
+
+def _checksum(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _completed(model: dict[str, Any]) -> dict[str, Any]:

@@ -13,41 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from megastab.checkpoint.pieces import WEIGHTS
 from megastab.config.errors import UserError
-from megastab.parallel.grid import Grid
-from megastab.parallel.ownership import counts_here
 from megastab.parallel.param_info import info_of
-from megastab.wrappers.zero3 import gathered
 
-FOLDER = "weights"
-
-
-def save_weights(module: nn.Module, grid: Grid, folder: Path) -> None:
-    """Write this rank's counted rows, bounded in memory by the rank's share of the model.
-
-    Collective over data-parallel ranks where parameters are partitioned (ZeRO-3); the first of them writes.
-    """
-    tensors: dict[str, Tensor] = {}
-    starts: dict[str, int] = {}
-    for parameter in module.parameters():
-        with gathered(parameter):
-            if grid.dp.rank == 0 and counts_here(parameter, grid.tp.rank):
-                _collect(parameter, tensors, starts)
-    if grid.dp.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"pp{grid.pp.rank:02d}-tp{grid.tp.rank:02d}.safetensors"
-        save_file(tensors, path, metadata={"starts": json.dumps(starts)})
-
-
-def _collect(parameter: nn.Parameter, tensors: dict[str, Tensor], starts: dict[str, int]) -> None:
-    info = info_of(parameter)
-    assert info is not None, "only described parameters have canonical names"
-    pieces = parameter.detach().cpu().split([part.rows for part in info.parts])
-    for part, piece in zip(info.parts, pieces, strict=True):
-        tensors[part.name], starts[part.name] = piece.clone(memory_format=torch.contiguous_format), part.start
+FOLDER = WEIGHTS
 
 
 def _pieces(folder: Path) -> dict[str, list[tuple[int, Path]]]:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from megastab.config.errors import UserError
+from megastab.config.ranks import dialect_of
 from megastab.config.schema import ParallelConfig
 
 
@@ -20,10 +21,12 @@ class Layout:
 
 
 def world_from_environment() -> int:
-    """What the launcher exported as ``WORLD_SIZE``, or 1 when nothing launched us."""
-    said = os.environ.get("WORLD_SIZE", "1")
+    """What the launcher says, or 1 when nothing launched us."""
+    dialect = dialect_of(os.environ)
+    name = dialect.world if dialect is not None else "WORLD_SIZE"
+    said = os.environ.get(name, "1")
     if not said.isdecimal():
-        raise UserError(f"WORLD_SIZE = {said!r} in the environment must be the number of ranks.")
+        raise UserError(f"{name} = {said!r} in the environment must be the number of ranks.")
     return int(said)
 
 

@@ -1,4 +1,4 @@
-"""The JSON of somebody else's loop: DeepSpeed's part checked and completed as for the trainer; of ours, the stability section."""
+"""The JSON of somebody else's loop: DeepSpeed's part checked and completed as for the trainer; of ours, stability and telemetry."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megastab.config.refusals import REFUSED_VALUES, refused
 from megastab.config.schema import Megastab, RunConfig
 from megastab.config.schema_errors import explain
 from megastab.config.schema_stability import StabilityConfig
+from megastab.config.schema_telemetry import TelemetryConfig
 from megastab.config.section import Section
 from megastab.config.settings import read, without_nulls
 from megastab.config.source import read_source
@@ -45,18 +46,25 @@ class LibraryBlock(Section):
 
     stability: StabilityConfig = StabilityConfig()
     """The methods that keep the run stable."""
+    telemetry: TelemetryConfig | None = None
+    """Looks at the matrices; ``null``: none."""
 
 
 @dataclass(frozen=True)
 class LibraryConfig:
     """A checked JSON."""
 
-    stability: StabilityConfig
+    block: LibraryBlock
     """Our part."""
     deepspeed: dict[str, Any]
     """DeepSpeed's, completed."""
     completions: tuple[Completion, ...]
     """The keys that were written, with the reason of each."""
+
+    @property
+    def stability(self) -> StabilityConfig:
+        """Of our part, the methods."""
+        return self.block.stability
 
     @property
     def optimizer(self) -> tuple[str, dict[str, Any]] | None:
@@ -74,17 +82,17 @@ def load_library_config(source: str | Path | dict[str, Any], has_optimizer: bool
         has_optimizer: the caller brings an optimizer, so that the JSON's is not read.
     """
     deepspeed, name = read_source(source)
-    problems, stability = _take_stability(deepspeed)
+    problems, ours = _take_block(deepspeed)
     problems += wrong_names(deepspeed)
     _raise_if(problems, name)
-    block = Megastab.model_construct(stability=stability, run=RunConfig(dir="."))  # no model: it is the caller's
+    block = Megastab.model_construct(stability=ours.stability, run=RunConfig(dir="."))  # no model: it is the caller's
     _raise_if(_refused(deepspeed, block) + ([] if has_optimizer else _wrong_optimizer(deepspeed)), name)
     completed, completions = complete(without_nulls(deepspeed), block)
-    return LibraryConfig(stability, completed, completions)
+    return LibraryConfig(ours, completed, completions)
 
 
-def load_stability(source: str | Path | dict[str, Any], in_force: dict[str, Any], must_have: bool) -> StabilityConfig:
-    """The stability section for an engine that exists.
+def load_block(source: str | Path | dict[str, Any], in_force: dict[str, Any], must_have: bool) -> LibraryBlock:
+    """Our block for an engine that exists.
 
     Args:
         source: a path or a dict (left as it is).
@@ -94,36 +102,50 @@ def load_stability(source: str | Path | dict[str, Any], in_force: dict[str, Any]
     deepspeed, name = read_source(source)
     if must_have and "megastab" not in deepspeed:
         raise UserError(f'{name} has no "megastab" section: write {{"megastab": {{"stability": {{...}}}}}}.')
-    problems, stability = _take_stability(deepspeed)
+    problems, block = _take_block(deepspeed)
     problems += [
         f"{path} = {str(bad).lower()} of the engine is refused: {why}"
         for path, bad, why in REFUSED_VALUES
         if path not in OF_THE_LOOP and read(in_force, path) is bad
     ]
     _raise_if(problems, name)
-    return stability
+    return block
 
 
-def _take_stability(deepspeed: dict[str, Any]) -> tuple[list[str], StabilityConfig]:
-    """What is wrong with our block, and its stability section; the block is taken out of ``deepspeed``."""
+def _take_block(deepspeed: dict[str, Any]) -> tuple[list[str], LibraryBlock]:
+    """What is wrong with our block, and the block, which is taken out of ``deepspeed``."""
     block = deepspeed.pop("megastab", None) or {}
     if not isinstance(block, dict):
-        return [f"megastab = {block!r} must be a section: {{...}}."], StabilityConfig()
+        return [f"megastab = {block!r} must be a section: {{...}}."], LibraryBlock()
     trainers = [key for key in block if key in Megastab.model_fields and key not in LibraryBlock.model_fields]
     problems = [
-        f"megastab.{key} is read by the trainer (megastab/pretrain.py) alone; megastab.initialize and attach read megastab.stability: "
-        f"leave it out."
+        f"megastab.{key} is read by the trainer (megastab/pretrain.py) alone; megastab.initialize and attach read megastab.stability and "
+        f"megastab.telemetry: leave it out."
         for key in trainers
     ]
     try:
-        stability = LibraryBlock.model_validate({key: value for key, value in block.items() if key not in trainers}).stability
+        found = LibraryBlock.model_validate({key: value for key, value in block.items() if key not in trainers})
     except ValidationError as error:
-        return problems + explain(error), StabilityConfig()
-    if stability.qk_clip is not None:
+        return problems + explain(error), LibraryBlock()
+    if found.stability.qk_clip is not None:
         problems.append(
             "megastab.stability.qk_clip needs attention that tells its largest logits, as the trainer's models do: set it to null."
         )
-    return problems, stability
+    return problems + _wrong_looks(found.telemetry), found
+
+
+def _wrong_looks(telemetry: TelemetryConfig | None) -> list[str]:
+    """Looks that only the trainer's models allow, where the JSON asks for them by name."""
+    if telemetry is None:
+        return []
+    asked = [key for key in ("activations", "attention") if key in telemetry.model_fields_set and getattr(telemetry, key)]
+    problems = [
+        f"megastab.telemetry.{key} = true needs the trainer's models, whose blocks it knows; here weights are looked at: leave it out."
+        for key in asked
+    ]
+    if not telemetry.weights:
+        problems.append("megastab.telemetry.weights = false leaves nothing to look at in a foreign model: leave out megastab.telemetry.")
+    return problems
 
 
 def _refused(deepspeed: dict[str, Any], block: Megastab) -> list[str]:

@@ -175,6 +175,16 @@ def _dropout_arch(facts: Facts) -> str | None:
     return f'megastab.model.dropout = {model.dropout} is for arch "gpt" only: set it to 0, or use megastab.model.arch = "gpt".'
 
 
+def _rope_scaling_arch(facts: Facts) -> str | None:
+    model = facts.megastab.model
+    if model.rope_scaling is None or model.arch == "llama":
+        return None
+    return (
+        f'megastab.model.rope_scaling is given with megastab.model.arch = "{model.arch}", whose positions are learned: leave it out, or '
+        f'use megastab.model.arch = "llama".'
+    )
+
+
 def _dyt_section(facts: Facts) -> str | None:
     model = facts.megastab.model
     if model.norm == "dyt" or model.dyt == DyTConfig():
@@ -268,6 +278,7 @@ RULES: tuple[Rule, ...] = (
     _pipeline_with_zero,
     _sequence_slices,
     _dropout_arch,
+    _rope_scaling_arch,
     _dyt_section,
     _layer_norm_scaling,
     _multiplier_undone,

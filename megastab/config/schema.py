@@ -59,6 +59,29 @@ class DyTConfig(Section):
     """A learned factor on the embedding's output, sqrt(hidden_size) at the start."""
 
 
+class RopeScalingConfig(Section):
+    """Llama 3's stretching of the rotary frequencies to contexts longer than the first (arXiv 2407.21783; formula of Meta's released code):
+    with n = original_max_seq_len / wavelength turns in the first context, a frequency is kept from n = high_freq_factor up, divided by
+    ``factor`` up to n = low_freq_factor, and linear in n in between."""
+
+    factor: PositiveFloat
+    """What slow frequencies are divided by (Llama 3.1: 8; 3.2: 32)."""
+    low_freq_factor: PositiveFloat = 1.0
+    """Turns in the first context up to which a frequency is slow."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Turns from which on it is left alone; above ``low_freq_factor``."""
+    original_max_seq_len: PositiveInt
+    """The first context, in tokens (Llama 3: 8192)."""
+
+    @model_validator(mode="after")
+    def _has_a_slope(self) -> RopeScalingConfig:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor = {self.low_freq_factor:g} must be below high_freq_factor = {self.high_freq_factor:g} (Llama 3: 1 and 4)"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """The network. A field left at ``null`` takes its architecture's value, so that none is null once the model is built."""
 
@@ -118,6 +141,8 @@ class ModelConfig(Section):
     """The same on the final logits (Gemma 2: 30)."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies (llama)."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Llama 3's scaling of the rotary frequencies (llama)."""
     init: InitConfig = InitConfig()
     """Initial weights."""
 
@@ -163,7 +188,7 @@ class DataConfig(Section):
     valid: list[tuple[PositiveFloat, str]] = Field(default=[])
     """The same for evaluation; empty switches evaluation off."""
     tokenizer: str | None = None
-    """SentencePiece ``.model`` file; checked against the vocabulary the data was written with."""
+    """SentencePiece ``.model`` or Hugging Face ``tokenizer.json`` file; checked against the vocabulary the data was written with."""
     document_mask: bool = False
     """Attention stays inside a document, and the first token of a document is no target."""
     skip: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(default=[])
@@ -219,9 +244,16 @@ class RunConfig(Section):
     """Steps between checkpoints; ``null``: only at the end."""
     keep_last: PositiveInt | None = None
     """Checkpoints to keep; ``null`` keeps all."""
+    keep_every: PositiveInt | None = None
+    """Steps; checkpoints at multiples of this are kept for ever, whatever ``keep_last`` says."""
+    async_save: bool = False
+    """Write checkpoints in the background: training waits for one copy of the bytes in host memory, which must have room for it."""
     resume: str = "auto"
     """``auto``: the newest checkpoint of ``dir`` if there is one; ``none``: start anew (an earlier run in ``dir`` is moved aside); else
     the path of a checkpoints folder."""
+    init_from: str | None = None
+    """Weights to start from, at any layout: a checkpoint of ours (``runs/NAME/checkpoints/step00000100``), what ``tools/convert.py import``
+    wrote, or a Hugging Face directory. Optimizer, schedule and data start anew. Not read where ``resume`` finds a checkpoint."""
     seed: NonNegativeInt = 1234
     """Of the initial weights, dropout and the data order."""
     compile: bool = False

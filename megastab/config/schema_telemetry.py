@@ -16,10 +16,12 @@ class TelemetryConfig(Section):
     activations: bool = True
     """Largest entries, RMS, median and kurtosis of the residual stream, attention's and the MLP's output in every block; the first
     micro-batch of the step. Whether an activation is massive."""
+    attention: bool = True
+    """Largest logit, entropy, and the mass on the first key and on the sink of every head; 64 queries of the step's first sample."""
     weights: bool = True
     """Mean and std, update-to-weight ratio and gradient norm of every matrix."""
 
     def samples(self, step: int) -> bool:
         """Whether step number ``step`` (from 1) is looked at."""
         every = self.interval_steps
-        return every is not None and (self.activations or self.weights) and (step == 1 or step % every == 0)
+        return every is not None and (self.activations or self.attention or self.weights) and (step == 1 or step % every == 0)

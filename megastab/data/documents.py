@@ -1,7 +1,8 @@
-"""Documents out of text files: ``.txt`` (a file is a document), ``.jsonl`` (a line is a document), either of them as ``.gz``.
+"""Documents out of files: ``.txt`` (a file is a document), ``.jsonl`` (a line is one), either as ``.gz`` or ``.zst``; ``.parquet`` (a row).
 
-Work is cut into units that depend on the input files alone, never on the number of workers: ranges of lines of a ``.jsonl``,
-and whole files otherwise. A line belongs to the unit that holds its first byte. Documents are UTF-8 bytes throughout.
+Work is cut into units that depend on the input files alone, never on the number of workers or ranks: ranges of lines of a ``.jsonl``,
+row groups of a ``.parquet``, and whole files otherwise. A line belongs to the unit that holds its first byte. Documents are UTF-8 bytes
+throughout.
 """
 
 from __future__ import annotations
@@ -15,19 +16,25 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from megastab.config.errors import UserError
+from megastab.data.parquet import read_rows, row_group_bytes
+from megastab.data.zstd import open_zst, require_zstandard
 
-_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
 _MIN_UNIT_BYTES = 1 << 20  # below it, starting a unit costs more than it balances
 _MAX_UNITS = 2048  # bounds the number of shard files a run has open or waiting
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Bytes [start, stop) of a file as it lies on disk; a whole file unless it is a plain ``.jsonl``."""
+    """Bytes [start, stop) of a file as it lies on disk; a whole file unless it is a plain ``.jsonl`` or a ``.parquet``."""
 
     path: str
     start: int
     stop: int
+    state: tuple[int, int] = (0, 0)
+    """Size in bytes and time of change in nanoseconds of the file when the work was planned."""
+    groups: tuple[int, int] | None = None
+    """Row groups [first, stop) of a ``.parquet``; the bytes are then theirs, counted without what lies between."""
 
     @property
     def num_bytes(self) -> int:
@@ -39,27 +46,60 @@ def plan_units(inputs: Sequence[str | Path], unit_bytes: int | None = None) -> l
     """Cut the input files into units of about ``unit_bytes``, in the order given."""
     if not inputs:
         raise UserError(f"no input files; give one or more of {', '.join(_SUFFIXES)}")
-    sizes = {str(path): _checked_size(str(path)) for path in inputs}
-    step = unit_bytes or max(_MIN_UNIT_BYTES, sum(sizes.values()) // _MAX_UNITS)
-    units = []
-    for path in map(str, inputs):
-        stride = step if path.endswith(".jsonl") else max(sizes[path], 1)
-        units += [Unit(path, start, min(start + stride, sizes[path])) for start in range(0, max(sizes[path], 1), stride)]
-    return units
+    states = {str(path): _checked_state(str(path)) for path in inputs}
+    step = unit_bytes or max(_MIN_UNIT_BYTES, sum(size for size, _ in states.values()) // _MAX_UNITS)
+    cuts = {
+        path: _row_group_units(path, state, step) if path.endswith(".parquet") else _cut(path, state, step)
+        for path, state in states.items()
+    }
+    return [unit for path in map(str, inputs) for unit in cuts[path]]
 
 
-def _checked_size(path: str) -> int:
+def _cut(path: str, state: tuple[int, int], step: int) -> list[Unit]:
+    size = state[0]
+    stride = step if path.endswith(".jsonl") else max(size, 1)
+    return [Unit(path, start, min(start + stride, size), state) for start in range(0, max(size, 1), stride)]
+
+
+def _row_group_units(path: str, state: tuple[int, int], step: int) -> list[Unit]:
+    """Neighbouring row groups together until they reach a unit's size."""
+    units, first, start, stop = [], 0, 0, 0
+    sizes = row_group_bytes(path)
+    for number, size in enumerate(sizes, 1):
+        stop += size
+        if stop - start >= step or number == len(sizes):
+            units.append(Unit(path, start, stop, state, (first, number)))
+            first, start = number, stop
+    return units or [Unit(path, 0, 0, state, (0, 0))]
+
+
+def _checked_state(path: str) -> tuple[int, int]:
     if not path.endswith(_SUFFIXES):
         raise UserError(f"{path}: cannot tell its format; input files end in {', '.join(_SUFFIXES)}")
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file" if not Path(path).exists() else f"{path}: is not a file; list the files in it")
-    return Path(path).stat().st_size
+    if path.endswith(".zst"):
+        require_zstandard(path)
+    return state_of(path)
+
+
+def state_of(path: str) -> tuple[int, int]:
+    """Size in bytes and time of change in nanoseconds: what tells that a file is another one now."""
+    facts = Path(path).stat()
+    return facts.st_size, facts.st_mtime_ns
 
 
 def read_documents(unit: Unit, key: str = "text") -> Iterator[bytes]:
     """The documents of a unit as UTF-8; one without any visible character comes as ``b""`` so that the caller can count it."""
     try:
-        if ".jsonl" in Path(unit.path).name[-9:]:
+        if unit.groups is not None:
+            for place, data in read_rows(unit.path, unit.groups, key):
+                try:
+                    data.decode()
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(place, error) from error
+                yield _visible(data)
+        elif unit.path.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
             for position, line in _lines(unit):
                 if line.strip():
                     yield _visible(_text_of_line(unit.path, position, line, key))
@@ -77,6 +117,8 @@ def _visible(data: bytes) -> bytes:
 
 
 def _open(path: str) -> BinaryIO:
+    if path.endswith(".zst"):
+        return open_zst(path)
     return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
 
 
@@ -88,7 +130,7 @@ def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
             stream.seek(unit.start - 1)  # one byte early: a line that starts exactly at ``start`` is then not skipped
             position = unit.start - 1 + len(stream.readline())
         for line in stream:
-            if position >= unit.stop and not unit.path.endswith(".gz"):
+            if position >= unit.stop and unit.path.endswith(".jsonl"):
                 return
             yield position, line
             position += len(line)
@@ -120,9 +162,12 @@ def _decode(path: str, position: int, data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        place = _place(path, position + error.start)
-        fix = "convert the file, for example with: iconv -f latin1 -t utf-8"
-        raise UserError(f"{place}: byte 0x{data[error.start]:02x} is not UTF-8; {fix}") from error
+        raise _not_utf8(_place(path, position + error.start), error) from error
+
+
+def _not_utf8(place: str, error: UnicodeDecodeError) -> UserError:
+    fix = "convert the file, for example with: iconv -f latin1 -t utf-8"
+    return UserError(f"{place}: byte 0x{error.object[error.start]:02x} is not UTF-8; {fix}")
 
 
 def _place(path: str, position: int) -> str:

@@ -1,35 +1,41 @@
-"""Text files to Megatron ``.bin/.idx``: several processes, one output whatever their number.
+"""Files of text to Megatron ``.bin/.idx``: several processes, on several ranks under MPI, one output whatever their numbers.
 
-Workers turn units of input into shards (``shards.py``); the parent appends finished shards in the order of the input while the
-others still work, so that little extra space is needed. Everything is made in a temporary folder beside the output and renamed
-at the end, the index last: a dataset with an index is whole.
+Units of input are shared out over the ranks by size; each rank's workers turn theirs into shards (``shards.py``), and rank 0 merges all
+of them in the order of the input (``merging.py``). Shards lie in ``<prefix>.partial`` until the output is there: a run that died, or
+failed on a bad file, leaves what was finished (``finished.py``) to the next one with the same arguments, of any number of ranks.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import shutil
 import signal
-import tempfile
+import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import IO, Any
 
 from megastab.config.errors import UserError
 from megastab.data.documents import Unit, plan_units
-from megastab.data.index_file import token_dtype, write_index
-from megastab.data.shards import Job, Shard, UnitReport, run_unit, start_worker, tokenize_unit
-from megastab.data.sidecar import Sidecar, bits_per_byte
+from megastab.data.finished import is_intact, markers, part_names
+from megastab.data.merging import publish
+from megastab.data.shards import Job, run_unit, start_worker, tokenize_unit
+from megastab.data.sidecar import Sidecar
 from megastab.data.tokenizer import Tokenizer
+from megastab.data.world import ALONE, World, share_out
 
 logger = logging.getLogger(__name__)
+_LOOK_SECONDS = 0.2  # between looks at the other ranks' progress
+
+Task = tuple[str, Unit]
+"""The name of a part and what it is made of."""
 
 
 def prepare(
@@ -43,29 +49,77 @@ def prepare(
     *,
     unit_bytes: int | None = None,
     progress: bool = True,
+    world: World = ALONE,
 ) -> dict[str, Sidecar]:
     """Tokenize ``inputs`` into ``<prefix>.bin/.idx/.json``, or ``<prefix>_train`` and ``<prefix>_valid`` where a valid fraction is given.
 
-    Returns the sidecar of every prefix written. ``unit_bytes`` is the size of a work unit; it changes no output.
+    Collective over ``world``. Returns the sidecar of every prefix written, nothing on ranks other than 0. ``workers`` are this rank's.
+    ``unit_bytes`` is the size of a work unit; it changes no output. Disk: twice the tokens until the end.
     """
     if not 0.0 <= valid_fraction < 1.0:
         raise UserError(f"valid_fraction is {valid_fraction}; it must be at least 0 and below 1")
     if workers < 1:
         raise UserError(f"workers is {workers}; it must be at least 1")
-    units = plan_units(inputs, unit_bytes)
-    tokenizer = Tokenizer(tokenizer_path)
-    prefix = Path(output_prefix)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    with _sigterm_raises(), tempfile.TemporaryDirectory(prefix=f"{prefix.name}.partial-", dir=prefix.parent) as folder:
-        job = Job(tokenizer, Path(folder), valid_fraction, key, append_eod)
-        try:
-            outputs = _tokenize(job, units, workers, progress)
-            return _publish(job, outputs, prefix)
-        except BrokenProcessPool as error:
-            raise UserError(f"a worker of {workers} was killed, most often for lack of memory; use fewer workers") from error
-        except OSError as error:
-            place = error.filename or prefix
-            raise UserError(f"{place}: {error.strerror or error}; check the rights and the free space of {prefix.parent}") from error
+    units = world.from_first(lambda: plan_units(inputs, unit_bytes))
+    tokenizer, prefix = Tokenizer(tokenizer_path), Path(output_prefix)
+    job = Job(tokenizer, prefix.with_name(f"{prefix.name}.partial"), valid_fraction, key, append_eod)
+    try:
+        with _sigterm_raises(), ExitStack() as stack:
+            if world.rank == 0:
+                stack.enter_context(_work_folder(job.folder))
+            _check_agreement(job, world)
+            tasks = list(zip(world.from_first(lambda: part_names(units, job.options)), units, strict=True))
+            _tokenize(job, tasks, workers, progress, world)
+            written = publish(job, [name for name, _ in tasks], prefix) if world.rank == 0 else {}
+            world.meet()
+    except BrokenProcessPool as error:
+        raise UserError(f"a worker of {workers} was killed, most often for lack of memory; use fewer workers") from error
+    except OSError as error:
+        place = error.filename or prefix
+        raise UserError(f"{place}: {error.strerror or error}; check the rights and the free space of {prefix.parent}") from error
+    return written
+
+
+def _check_agreement(job: Job, world: World) -> None:
+    """All ranks must have the same tokenizer and see the same folder."""
+    world.meet()  # rank 0 has made the folder
+    told = world.of_all((job.tokenizer.fingerprint, job.folder.is_dir()))
+    for rank, (fingerprint, is_there) in enumerate(told if world.rank == 0 else []):  # one voice is enough
+        if fingerprint != told[0][0]:
+            raise UserError(
+                f"tokenizer {job.tokenizer.path}: rank {rank} finds another file there than rank 0; use a path that hosts share"
+            )
+        if not is_there:
+            raise UserError(f"{job.folder}: rank {rank} does not see this folder of rank 0; write to a file system that hosts share")
+
+
+@contextmanager
+def _work_folder(folder: Path) -> Iterator[None]:
+    """The folder of unfinished work, for one run at a time; it goes when the run succeeds or left nothing finished in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _locked(folder)
+    is_done = False
+    try:
+        yield
+        is_done = True
+    finally:
+        lock.close()  # first, because NFS keeps the folder of an open file
+        if not is_done and (kept := markers(folder)):
+            logger.warning("%d finished parts stay in %s: the same command goes on from them", len(kept), folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(folder: Path) -> IO[str]:
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"{folder}: another run is at work on this output; wait for it, or name another one") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 @contextmanager
@@ -85,70 +139,64 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Output:
-    """One split under construction."""
-
-    def __init__(self, job: Job, split: str) -> None:
-        self.split = split
-        self.path = job.folder / split
-        self.lengths: list[np.ndarray] = []
-        self.counts = np.zeros(job.tokenizer.vocab_size, np.int64)
-        self.text_bytes = 0
-
-    def append(self, shard: Shard) -> None:
-        """Take over a shard and delete its file."""
-        with open(shard.path, "rb") as source, open(self.path.with_suffix(".bin"), "ab") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-        shard.path.unlink()
-        self.lengths.append(np.array(shard.lengths, np.int32))
-        self.counts += shard.counts
-        self.text_bytes += shard.text_bytes
-
-    def finish(self, tokenizer: Tokenizer) -> Sidecar:
-        """Write index and sidecar."""
-        lengths = np.concatenate(self.lengths)
-        write_index(self.path.with_suffix(".idx"), lengths, token_dtype(tokenizer.vocab_size))
-        score = bits_per_byte(self.counts, self.text_bytes)
-        sidecar = Sidecar(
-            tokenizer.fingerprint, tokenizer.vocab_size, len(lengths), int(lengths.sum(dtype=np.int64)), self.text_bytes, score
-        )
-        sidecar.write(self.path.with_suffix(".json"))
-        return sidecar
+def _tokenize(job: Job, tasks: list[Task], workers: int, progress: bool, world: World) -> None:
+    """Make every part that is not there yet; returns on rank 0 when all ranks are done."""
+    left = _unfinished(job, tasks, world)
+    mine = share_out([unit.num_bytes for _, unit in left], world.size)[world.rank]
+    total, to_do = (sum(unit.num_bytes for _, unit in some) for some in (tasks, left))
+    with _bar(total, total - to_do, progress, world) as bar:
+        ranks_at_work = world.size - 1
+        for unit in _done(job, [left[position] for position in mine], workers):
+            world.tell(unit.num_bytes)
+            ranks_at_work -= _show(bar, [unit.num_bytes, *world.heard()] if world.rank == 0 else [])
+        world.tell(None)
+        while world.rank == 0 and ranks_at_work:
+            time.sleep(_LOOK_SECONDS)
+            ranks_at_work -= _show(bar, world.heard())
 
 
-def _tokenize(job: Job, units: list[Unit], workers: int, progress: bool) -> list[_Output]:
+def _bar(total: int, done: int, progress: bool, world: World) -> Any:
+    """Of all ranks' bytes, on rank 0. mpirun's output is no terminal, and gets a line now and then all the same."""
     from tqdm import tqdm
 
-    outputs = [_Output(job, split) for split in job.splits]
-    waiting: dict[int, UnitReport] = {}
-    num_appended = num_empty = 0
-    total = sum(unit.num_bytes for unit in units)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None if progress else True) as bar:
-        for ordinal, report in _reports(job, units, workers):
-            bar.update(units[ordinal].num_bytes)
-            num_empty += report.num_empty
-            waiting[ordinal] = report
-            while num_appended in waiting:  # in the order of the input, whichever unit came first
-                shards = waiting.pop(num_appended).shards
-                for output in outputs:
-                    output.append(shards[output.split])
-                num_appended += 1
-    if num_empty:
-        logger.warning("skipped %d empty documents", num_empty)
-    return outputs
+    is_terminal = sys.stderr.isatty()
+    is_shown = progress and world.rank == 0 and (is_terminal or world.size > 1)
+    pause = 0.1 if is_terminal else 10.0  # seconds
+    return tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="tokenize", disable=not is_shown, mininterval=pause)
 
 
-def _reports(job: Job, units: list[Unit], workers: int) -> Iterator[tuple[int, UnitReport]]:
-    """Reports as they come; the first failure stops every worker and is raised here."""
-    if workers == 1:
-        yield from ((ordinal, tokenize_unit(job, ordinal, unit)) for ordinal, unit in enumerate(units))
+def _show(bar: Any, told: list[int | None]) -> int:
+    """Bytes to the bar; how many ranks said that they are done."""
+    bar.update(sum(amount for amount in told if amount is not None))
+    return told.count(None)
+
+
+def _unfinished(job: Job, tasks: list[Task], world: World) -> list[Task]:
+    """Tasks without an intact part from an earlier run; the ranks share the reading."""
+    there = world.from_first(lambda: markers(job.folder))
+    here = {name for name, _ in tasks[world.rank :: world.size] if name in there and is_intact(job.folder, name)}
+    finished = set().union(*world.of_all(here))
+    if world.rank == 0 and there:
+        logger.warning("%s: %d of %d parts are finished already", job.folder, len(finished), len(tasks))
+        if len(there) > len(finished):
+            others = len(there) - len(finished)
+            logger.warning("%d more there are damaged, or of other input, tokenizer or options, and are not used", others)
+    return [task for task in tasks if task[0] not in finished]
+
+
+def _done(job: Job, tasks: list[Task], workers: int) -> Iterator[Unit]:
+    """Units as they are done; the first failure stops every worker and is raised here."""
+    if workers == 1 or not tasks:
+        for name, unit in tasks:
+            tokenize_unit(job, name, unit)
+            yield unit
         return
     # spawn, not fork: the caller may hold threads (torch), and a worker imports nothing slow
     context = get_context("spawn")
     stop: Any = context.Event()
-    pool = ProcessPoolExecutor(min(workers, len(units)), context, start_worker, (job, stop))
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, start_worker, (job, stop))
     try:
-        pending = {pool.submit(run_unit, ordinal, unit) for ordinal, unit in enumerate(units)}
+        pending = {pool.submit(run_unit, name, unit) for name, unit in tasks}
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
@@ -156,19 +204,3 @@ def _reports(job: Job, units: list[Unit], workers: int) -> Iterator[tuple[int, U
     finally:
         stop.set()  # nobody is at work any more unless something failed
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _publish(job: Job, outputs: list[_Output], prefix: Path) -> dict[str, Sidecar]:
-    sidecars = {_final(prefix, output.split): output.finish(job.tokenizer) for output in outputs}
-    for final, sidecar in sidecars.items():
-        if not sidecar.documents:
-            raise UserError(f"no document for {final} (valid_fraction {job.valid_fraction}); give more text or change the fraction")
-    for output, final in zip(outputs, sidecars, strict=True):
-        Path(f"{final}.idx").unlink(missing_ok=True)  # an older index must never meet the new tokens
-        for suffix in (".bin", ".json", ".idx"):
-            output.path.with_suffix(suffix).replace(f"{final}{suffix}")
-    return sidecars
-
-
-def _final(prefix: Path, split: str) -> str:
-    return str(prefix) if split == "all" else f"{prefix}_{split}"

@@ -1,8 +1,8 @@
-"""What one worker process does with one unit of input: tokenize it into shard files of its own.
+"""What one worker process does with one unit of input: tokenize it into shard files of its own, then mark them as finished.
 
-Tokens go straight to disk as raw arrays; only document lengths and token counts travel back to the parent. The split of a
-document is decided by a hash of its content, so that it depends neither on the workers nor on the order of the files, and
-duplicates never straddle train and valid.
+Tokens go straight to disk as raw arrays; lengths and counts go into the marker (``finished.py``), which the merging reads. The split of
+a document is decided by a hash of its content, so that it depends neither on the workers nor on the order of the files, and duplicates
+never straddle train and valid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from megastab.data.documents import Unit, read_documents
+from megastab.config.errors import UserError
+from megastab.data.documents import Unit, read_documents, state_of
+from megastab.data.finished import Part, Split, new_digest
 from megastab.data.index_file import token_dtype
 from megastab.data.tokenizer import Tokenizer
 
@@ -38,6 +40,12 @@ class Job:
     append_eod: bool
 
     @property
+    def options(self) -> list[object]:
+        """What decides a unit's tokens besides the unit."""
+        eod = self.tokenizer.eod if self.append_eod else None
+        return [self.tokenizer.fingerprint, self.tokenizer.vocab_size, eod, self.valid_fraction, self.key]
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """Names of the outputs."""
         return ("train", "valid") if self.valid_fraction > 0 else ("all",)
@@ -52,17 +60,33 @@ class Job:
 
 @dataclass
 class Shard:
-    """One split's share of a unit: tokens in ``path``, the rest here."""
+    """One split's share of a unit under construction; tokens go to ``stream``."""
 
-    path: Path
+    stream: IO[bytes]
     counts: np.ndarray
     lengths: list[int] = field(default_factory=list)
     text_bytes: int = 0
+    num_bytes: int = 0
+    digest: Any = field(default_factory=new_digest)
+
+    def append(self, ids: np.ndarray, dtype: np.dtype) -> None:
+        """Write tokens and count them."""
+        data = ids.astype(dtype).tobytes()
+        self.stream.write(data)
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        self.counts += np.bincount(ids, minlength=len(self.counts))
+
+    def facts(self) -> Split:
+        """For the marker."""
+        seen = np.flatnonzero(self.counts)
+        lengths = np.array(self.lengths, np.int32)
+        return Split(lengths, seen.astype(np.int32), self.counts[seen], self.text_bytes, self.num_bytes, self.digest.hexdigest())
 
 
 @dataclass
 class UnitReport:
-    """What a worker sends back."""
+    """A unit under way."""
 
     shards: dict[str, Shard]
     num_empty: int = 0
@@ -72,17 +96,24 @@ class Stopped(Exception):
     """Another worker failed or the user interrupted; this one gives up quietly."""
 
 
-def tokenize_unit(job: Job, ordinal: int, unit: Unit, stop: Any = None) -> UnitReport:
-    """Write ``<folder>/<ordinal>.<split>`` for every split."""
+def tokenize_unit(job: Job, name: str, unit: Unit, stop: Any = None) -> None:
+    """Write ``<folder>/<name>.<split>`` for every split, then the marker.
+
+    Raises:
+        UserError: bad input, or a file that changed since the work was planned.
+        Stopped: ``stop`` was set meanwhile.
+    """
     zeros = np.zeros(job.tokenizer.vocab_size, np.int64)
-    report = UnitReport({split: Shard(job.folder / f"{ordinal}.{split}", zeros.copy()) for split in job.splits})
     with ExitStack() as stack:
-        streams: dict[str, IO[bytes]] = {split: stack.enter_context(open(shard.path, "wb")) for split, shard in report.shards.items()}
+        streams = {split: stack.enter_context(open(job.folder / f"{name}.{split}", "wb")) for split in job.splits}
+        report = UnitReport({split: Shard(stream, zeros.copy()) for split, stream in streams.items()})
         for batch in _batches(job, unit, report):
             if stop is not None and stop.is_set():
                 raise Stopped
-            _write_batch(job, batch, report, streams)
-    return report
+            _write_batch(job, batch, report)
+    if state_of(unit.path) != unit.state:
+        raise UserError(f"{unit.path}: changed while it was read; start again once it is whole")
+    Part({split: shard.facts() for split, shard in report.shards.items()}, report.num_empty).write(job.folder, name)
 
 
 def _batches(job: Job, unit: Unit, report: UnitReport) -> Iterator[list[bytes]]:
@@ -101,21 +132,18 @@ def _batches(job: Job, unit: Unit, report: UnitReport) -> Iterator[list[bytes]]:
         yield batch
 
 
-def _write_batch(job: Job, batch: list[bytes], report: UnitReport, streams: dict[str, IO[bytes]]) -> None:
-    tokenizer, dtype = job.tokenizer, token_dtype(job.tokenizer.vocab_size)
+def _write_batch(job: Job, batch: list[bytes], report: UnitReport) -> None:
+    dtype = token_dtype(job.tokenizer.vocab_size)
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in job.splits}
-    end = [np.array([tokenizer.eod], np.int32)] if job.append_eod else []
-    for document in batch:
+    end = [np.array([job.tokenizer.eod], np.int32)] if job.append_eod else []
+    for document, ids in zip(batch, job.tokenizer.encode_batch(batch), strict=True):
         split = job.split_of(document)
-        pieces = [tokenizer.encode_array(document), *end]
-        tokens[split] += pieces
-        report.shards[split].lengths.append(sum(map(len, pieces)))
+        tokens[split] += [ids, *end]
+        report.shards[split].lengths.append(len(ids) + len(end))
         report.shards[split].text_bytes += len(document)
     for split, arrays in tokens.items():
         if arrays:
-            ids = np.concatenate(arrays)
-            ids.astype(dtype).tofile(streams[split])
-            report.shards[split].counts += np.bincount(ids, minlength=tokenizer.vocab_size)
+            report.shards[split].append(np.concatenate(arrays), dtype)
 
 
 _job: Job
@@ -136,6 +164,7 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def run_unit(ordinal: int, unit: Unit) -> tuple[int, UnitReport]:
+def run_unit(name: str, unit: Unit) -> Unit:
     """Body of a worker."""
-    return ordinal, tokenize_unit(_job, ordinal, unit, _stop)
+    tokenize_unit(_job, name, unit, _stop)
+    return unit

@@ -16,7 +16,9 @@ from typing import Literal
 
 from megastab.config.errors import UserError
 from megastab.data.documents import Unit, plan_units, read_documents
+from megastab.data.sampling import sample
 from megastab.data.tokenizer import EOD_PIECE, Tokenizer
+from megastab.data.world import ALONE, World
 
 _CHUNK_BYTES = 4096  # length of a training "sentence"
 _RESERVED = "\u2585".encode()  # SentencePiece drops a whole sentence that holds its own sign for unknown
@@ -32,15 +34,31 @@ def train_tokenizer(
     key: str = "text",
     max_bytes: int = 20_000_000,
     character_coverage: float = 0.9995,
+    world: World = ALONE,
 ) -> Tokenizer:
-    """Write ``<out_prefix>.model`` with exactly ``vocab_size`` pieces, learnt from at most ``max_bytes`` of text."""
+    """Write ``<out_prefix>.model`` with exactly ``vocab_size`` pieces, learnt from at most ``max_bytes`` of text.
+
+    Collective over ``world``: its ranks read, rank 0 trains and writes; the model does not depend on their number.
+    """
+    units = world.from_first(lambda: plan_units(inputs))
+    path = Path(f"{out_prefix}.model")
+    if world.rank == 0:
+        _publish(_train(_chunks(units, key, max_bytes, world), vocab_size, kind, character_coverage), path)
+    else:
+        for _ in sample(units, key, max_bytes, world):
+            pass
+    world.meet()
+    return Tokenizer(path)
+
+
+def _train(chunks: Iterator[bytes], vocab_size: int, kind: str, character_coverage: float) -> bytes:
+    """The content of a model file."""
     from sentencepiece import SentencePieceTrainer
 
-    units = plan_units(inputs)
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=_chunks(units, key, max_bytes),
+            sentence_iterator=chunks,
             model_writer=model,
             vocab_size=vocab_size,
             model_type=kind,
@@ -62,15 +80,14 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise UserError(_translate(str(error), vocab_size)) from error
-    return Tokenizer(_publish(model.getvalue(), Path(f"{out_prefix}.model")))
+    return model.getvalue()
 
 
-def _publish(model: bytes, path: Path) -> Path:
+def _publish(model: bytes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     partial.write_bytes(model)
     partial.replace(path)
-    return path
 
 
 def _translate(message: str, vocab_size: int) -> str:
@@ -86,14 +103,20 @@ def _translate(message: str, vocab_size: int) -> str:
     return f"SentencePiece could not train the tokenizer (vocab_size {vocab_size}): {message}"
 
 
-def _chunks(units: Sequence[Unit], key: str, max_bytes: int) -> Iterator[bytes]:
+def _chunks(units: Sequence[Unit], key: str, max_bytes: int, world: World = ALONE) -> Iterator[bytes]:
     """Text of every unit in turn, each with an equal share of the bytes left, small units first so that none is wasted."""
+    documents = _documents(units, key, max_bytes) if world.size == 1 else sample(units, key, max_bytes, world)
+    return (piece for document in documents for piece in _cut(document))
+
+
+def _documents(units: Sequence[Unit], key: str, max_bytes: int) -> Iterator[bytes]:
+    """What ``sample`` gives on one rank, without holding it in memory."""
     left = max_bytes
     for done, unit in enumerate(sorted(units, key=lambda unit: unit.num_bytes)):
         share = left // (len(units) - done)
         for document in read_documents(unit, key):
             document = document[:share]
-            yield from _cut(document)
+            yield document
             share -= len(document)
             left -= len(document)
             if share <= 0:

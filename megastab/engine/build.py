@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from megastab.checkpoint.init_from import start_masters, start_weights
 from megastab.config.config import Config
 from megastab.config.schema import Megastab
 from megastab.engine.step import complete_gradients
 from megastab.model.attention import Attention
 from megastab.model.block import Block
-from megastab.model.init import init_weights
+from megastab.model.init import Held, init_weights, whole
 from megastab.model.logit_watch import LargestLogits
 from megastab.model.mlp import MLP
 from megastab.model.stages import layer_specs, pipeline_loss
@@ -44,21 +46,29 @@ class Built:
     """The decay groups in words."""
 
 
-def build_module(config: Config, grid: Grid) -> nn.Module:
-    """The model on this rank's share, its weights drawn; a pipeline stage where there are several."""
+def build_module(config: Config, grid: Grid, is_new: bool = True) -> nn.Module:
+    """The model on this rank's share, its weights drawn or, at the start of a run, ``run.init_from``'s; a stage of a pipeline."""
     block = config.megastab
+
+    def fill(module: nn.Module, where: Callable[[nn.Parameter], Held] = whole) -> None:
+        if is_new and block.run.init_from is not None:
+            with collectives.together("reading run.init_from"):
+                start_weights(module, block.run.init_from, block.model, where)
+        else:
+            init_weights(module, block.model, block.run.seed, where)
+
     if grid.pp.size > 1:
         specs, costs = layer_specs(block, grid.tp)
         with quiet():
             module: nn.Module = StagedModule(specs, costs, grid.topology(), pipeline_loss(block, grid.tp))
-        init_weights(module, block.model, block.run.seed)
+        fill(module)
     elif config.zero_stage == 3:
         with quiet(), partitioned_build(config.deepspeed, grid):
             module = Transformer(block, grid.tp)
-        init_weights(module, block.model, block.run.seed, held)
+        fill(module, held)
     else:
         module = Transformer(block, grid.tp)
-        init_weights(module, block.model, block.run.seed)
+        fill(module)
     return module
 
 
@@ -91,12 +101,12 @@ def watch_logits(module: nn.Module, config: Megastab, grid: Grid) -> QKClip | No
     return QKClip(wanted.threshold, wanted.balance, heads, watched, collectives.job_group())
 
 
-def build(config: Config, grid: Grid) -> Built:
-    """Everything between a checked config and the first step (collective over the job)."""
+def build(config: Config, grid: Grid, is_new: bool = True) -> Built:
+    """Everything between a checked config and the first step (collective over the job); not ``is_new`` where a checkpoint follows."""
     block = config.megastab
     if block.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    module = build_module(config, grid)
+    module = build_module(config, grid, is_new)
     optimizer = build_optimizer(config.optimizer_type, config.optimizer_params, module.parameters())
     groups = describe_optimizer(optimizer)  # before ZeRO replaces the parameters by flat partitions
     schedule = build_schedule(
@@ -116,6 +126,8 @@ def build(config: Config, grid: Grid) -> Built:
             mpu=grid.mpu() if grid.pp.size == 1 else None,
         )
     adapter = bind(engine, grid)
+    if is_new and block.run.init_from is not None:
+        start_masters(adapter.fragments(), block.run.init_from)
     if rotated := bind_ortho_adam(adapter, grid):
         groups = f"{groups}\n  OrthoAdam: {rotated}"
     complete_gradients(adapter)

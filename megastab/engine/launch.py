@@ -14,19 +14,22 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megastab.config.errors import UserError
+from megastab.config.ranks import adopt
+from megastab.engine.mpi import agree_on_address
+from megastab.engine.network import interface_towards
 from megastab.parallel import collectives
 from megastab.wrappers.bind import quiet, skip_shm_build
 
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # What a scheduler can go by; 2 and 86 are UserError's and TrainingEnded's, 87 is the watch's. docs/faults.md has the table.
 DONE, FAILED, STOPPED = 0, 1, 85
-MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 def start_job() -> None:
     """Join the job (collective). A process nobody launched is a job of one rank."""
-    if not any(name in os.environ for name in (*LAUNCHER_VARIABLES, *MPI_VARIABLES)):
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    adopt()
+    # Read when the accelerator starts: one queue keeps a communication kernel from overtaking the product it must overlap with (tensor
+    # parallel). Here, because launchers carry few variables to other hosts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # DeepSpeed calls torch's collectives by names torch 2.13 is about to change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     accelerator = get_accelerator()
@@ -37,8 +40,14 @@ def start_job() -> None:
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1")))))
     else:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "MASTER_ADDR" not in os.environ:
+        agree_on_address()
+    backend = accelerator.communication_backend_name()
+    if backend == "gloo" and (interface := interface_towards(os.environ["MASTER_ADDR"])):
+        # Left alone gloo takes the address its host's name resolves to, which many systems set to loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     with quiet():
-        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name())
+        deepspeed.init_distributed(dist_backend=backend)
 
 
 def run_job(work: Callable[[], int | None]) -> int:

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from megastab.config.errors import UserError
-from megastab.config.library import LibraryConfig, load_library_config, load_stability
-from megastab.config.schema_stability import StabilityConfig
+from megastab.config.library import LibraryBlock, LibraryConfig, load_block, load_library_config
 from megastab.config.source import read_source
 from megastab.engine.foreign_grid import grid_of
 from megastab.engine.launch import start_job
+from megastab.engine.library_looks import WeightLooks
 from megastab.engine.step import complete_gradients
 from megastab.optim.groups import build_optimizer
 from megastab.optim.ortho_adam import OrthoAdam
@@ -37,6 +37,7 @@ from megastab.parallel.param_info import info_of
 from megastab.stability.controller import Controller, build_controller
 from megastab.stability.events import events_of_step
 from megastab.stability.record import StepRecord
+from megastab.telemetry.sampler import Sample
 from megastab.wrappers.adapter import Adapter
 from megastab.wrappers.bind import bind, quiet
 
@@ -50,6 +51,9 @@ class LibraryController(Controller):
 
     last: StepRecord | None = None
     """The step just taken; its tokens (0) only the loop knows, and its loss (nan) where the loop has not set ``read_loss``."""
+    sample: Sample | None = None
+    """The latest look inside: its step, and by name what was seen of each matrix. None before the first."""
+    looks: WeightLooks | None = None
     _lr: float | None = None
     _ended: float = 0.0
 
@@ -74,6 +78,8 @@ class LibraryController(Controller):
 
     def _note(self, lr: float) -> None:
         self.step_done()
+        if self.looks is not None:
+            self.sample = self.looks.finish() or self.sample
         began, self._lr, self._ended = self._ended, None, time.perf_counter()
         step = int(self.adapter.engine.global_steps)  # DeepSpeed counts attempted steps, and saves the count
         loss = None if self.read_loss is None else self.read_loss()
@@ -135,7 +141,7 @@ def initialize(
             **kwargs,
         )
     _say(loaded)
-    _install(built[0], loaded.stability)
+    _install(built[0], loaded.block)
     return built
 
 
@@ -153,10 +159,10 @@ def attach(engine: Any, config: str | Path | dict[str, Any] | None = None) -> Co
     if hasattr(engine, "stability"):
         raise UserError("this engine has a controller already (engine.stability): attach it once, and not after megastab.initialize")
     in_force, _ = read_source(getattr(engine, "config", None) or {})
-    stability = load_stability(in_force if config is None else config, in_force, must_have=config is not None)
+    block = load_block(in_force if config is None else config, in_force, must_have=config is not None)
     # Left out, gradient_clipping is 1.0 to DeepSpeed: a cap nobody asked for would leave ZClip nothing to do.
-    is_uncapped = stability.clipping is not None and in_force.get("gradient_clipping") is None
-    return _install(engine, stability, is_uncapped)
+    is_uncapped = block.stability.clipping is not None and in_force.get("gradient_clipping") is None
+    return _install(engine, block, is_uncapped)
 
 
 def _source(config: Any, kwargs: dict[str, Any]) -> Any:
@@ -188,8 +194,9 @@ def _say(loaded: LibraryConfig) -> None:
             log.info("set %s = %s: %s", completion.key, completion.value, completion.reason)
 
 
-def _install(engine: Any, stability: StabilityConfig, is_uncapped: bool = False) -> LibraryController:
+def _install(engine: Any, block: LibraryBlock, is_uncapped: bool = False) -> LibraryController:
     """The seams, the controller and its place in checkpoints."""
+    stability = block.stability
     grid = grid_of(engine)
     adapter = bind(engine, grid)
     adapter.tp = grid.tp
@@ -207,6 +214,8 @@ def _install(engine: Any, stability: StabilityConfig, is_uncapped: bool = False)
         raise UserError(f"megastab.stability cannot be used here: {error}") from error
     controller.__class__ = LibraryController  # the same controller, with a record of its own
     controller.watch()
+    if block.telemetry is not None:
+        controller.looks = WeightLooks(block.telemetry, controller)
     _keep_in_checkpoints(engine, controller)
     if (said := controller.start_warning()) and collectives.world()[0] == 0:
         log.warning(said)

@@ -106,7 +106,10 @@ def rewind(trainer: Trainer, verdict: Verdict) -> None:
     train, rewinds, folder = trainer.data.train, trainer.rewinds, trainer.folder
     num_bad = trainer.step - verdict.first_bad_step + 1
     samples = train.skips.back(train.consumed, num_bad * trainer.config.global_batch), train.consumed - 1
-    good = collectives.from_first(store.newest_before(trainer.checkpoints, verdict.first_bad_step))
+    trainer.tell_saved(trainer.saver.finish())  # what is still on its way may be the one
+    damaged: list[str] = []
+    good = store.newest_before(trainer.checkpoints, verdict.first_bad_step, damaged.append)
+    trainer.tell([Event(trainer.step, "warning", said) for said in damaged])
     if good is None:
         if not rewinds.has_said_no_checkpoint:
             why = f"{verdict.rewind}, and there is no checkpoint before them to go back to: the run goes on"

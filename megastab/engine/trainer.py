@@ -12,6 +12,7 @@ from typing import Any
 
 from megastab.checkpoint import store
 from megastab.checkpoint.manifest import Manifest
+from megastab.checkpoint.saver import Outcome, Saver
 from megastab.config.config import Config
 from megastab.data.skips import Skips
 from megastab.data.training import TrainingData
@@ -28,7 +29,7 @@ from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.stability.events import events_of_step
 from megastab.stability.record import Event, StepRecord
-from megastab.telemetry.pictures import figure_of_sample, image_of
+from megastab.telemetry.pictures import figure_of_heads, figure_of_sample, image_of
 from megastab.telemetry.sampler import Sample, Sampler
 from megastab.telemetry.sinks import (
     RunFolder,
@@ -44,7 +45,7 @@ from megastab.telemetry.tags import TAGS, WEIGHT_STD
 from megastab.telemetry.throughput import peak_memory_gb, rates
 
 CHECKPOINTS = "checkpoints"  # in the run folder
-PICTURE = "activations"  # its name in TensorBoard
+PICTURE, HEADS_PICTURE = "activations", "attention_heads"  # their names in TensorBoard
 SAID = ("warning", "skip", "loss_spike", "replay", "rewind", "stop", "massive_activation")  # events that also reach the console
 
 
@@ -57,8 +58,8 @@ class Trainer:
         self.step, self.checkpoints = 0, Path(run.dir) / CHECKPOINTS
         # Before anything is built or written: a checkpoint that does not fit must leave its folder as it is.
         wanted = Manifest.of(config, 0, 0, data.tokenizer)
-        with collectives.together("looking for a checkpoint"):
-            self.origin = store.find(run.resume, self.checkpoints, wanted)
+        self.damaged: list[str] = []
+        self.origin = store.find(run.resume, self.checkpoints, wanted, self.damaged.append)
         with collectives.together("reading what was taken back"):
             self.rewinds = Rewinds(Path(run.dir)) if run.resume == "none" else Rewinds.read(Path(run.dir))
         self.rewinds.taken = collectives.from_first(self.rewinds.taken)  # a slow file system may show another rank less
@@ -70,14 +71,15 @@ class Trainer:
         self.heart, self.stop = Heart(Path(run.dir), rank), StopRequest()
         self.left_out = self.rewinds.skips
         """What rewinds have left out, here and in the run this one goes on from."""
-        self.built: Built = build(config, grid)
+        self.built: Built = build(config, grid, is_new=self.origin is None)
         self.engine: Any = self.built.engine
+        self.saver = Saver(self.built.adapter, grid, self.checkpoints, run.keep_last, run.keep_every, in_background=run.async_save)
         self.stepper = Stepper(self.engine, config, grid)
         self.built.controller.read_loss = self.stepper.loss_at_norm
         self.sampler = Sampler(config.megastab.telemetry, self.built.controller, config.megastab.model.num_layers)
         self.flops = flops_per_token(config.megastab.model)
         self.last: StepRecord | None = None
-        self._saved_step = 0
+        self._saved_step, self._unsaved = 0, False
         self.leave_out(self.left_out)
 
     @contextmanager
@@ -102,6 +104,8 @@ class Trainer:
         for completion in config.completions:
             self.folder.say(f"  set {completion.key} = {completion.value}: {completion.reason}")
         self.folder.say(f"  decay: {self.built.groups}")
+        if self.origin is None and config.megastab.run.init_from is not None:
+            self.folder.say(f"  weights from {config.megastab.run.init_from}; optimizer, schedule and data start anew")
         if config.warmup_steps > config.total_steps:
             self.folder.say(f"  note: the warm-up of {config.warmup_steps} steps outlasts the run of {config.total_steps}")
 
@@ -122,13 +126,17 @@ class Trainer:
             self.folder.event(Event(self.step, "settings", change))
             self.folder.say(f"  note: {change}")
         self.forget_after(self.step)
-        self.folder.event(Event(self.step, "resume", f"from {self.origin}"))
+        self.tell([Event(self.step, "warning", said) for said in self.damaged])
+        change = manifest.change_of_shape(self.manifest())
+        self.folder.event(Event(self.step, "resume", f"from {self.origin}{f' in another shape: {change}' if change else ''}"))
+        if change:
+            self.folder.say(f"  the checkpoint has another shape: {change}")
         self.folder.say(f"resumed from {self.origin} at step {self.step}, {manifest.consumed} samples consumed")
 
     def load(self, where: Path) -> Manifest:
         """Weights, optimizer and position of a checkpoint (collective over the job)."""
         self.heart.beat(self.step, "loading")
-        manifest = store.load(self.engine, where)
+        manifest = store.load(self.built.adapter, where)
         self.step, self.data.train.consumed = manifest.step, manifest.consumed
         self._saved_step = self.step
         return manifest
@@ -156,6 +164,7 @@ class Trainer:
                 return False
             self.heart.beat(self.step, "training")
             record, extra = self.take_step()
+            self.tell_saved(self.saver.poll())
             if self.step < record.step:
                 continue  # it went back
             is_last = self.step == total
@@ -165,12 +174,16 @@ class Trainer:
                 self.evaluate()
             if is_last or (run.save_interval and self.step % run.save_interval == 0):
                 self.save()
+        self.tell_saved(self.saver.finish())
         return True
 
     def _leave(self) -> None:
         """Asked to stop: save what is not, and say so."""
         if self.step > self._saved_step:
             self.save()
+        self.tell_saved(self.saver.finish())
+        if collectives.from_first(self._unsaved):
+            collectives.fail_alike("asked to stop, but the last steps could not be saved: older checkpoints stand")
         self.stop.saved()
         asked = ", ".join(sorted({name for name in collectives.gather_objects(self.stop.asked) if name}))
         self.tell([Event(self.step, "stop", f"{asked}: saved, and left; megastab.run.resume = auto goes on from here")])
@@ -221,6 +234,8 @@ class Trainer:
             sample_to_monitor(monitor, sample.step, sample.by_tag())
             if sample.activations and draws_pictures(monitor):
                 picture_to_monitor(monitor, sample.step, PICTURE, image_of(figure_of_sample(sample)))
+            if sample.attention and draws_pictures(monitor):
+                picture_to_monitor(monitor, sample.step, HEADS_PICTURE, image_of(figure_of_heads(sample)))
         self.tell(self.sampler.events(sample))
 
     def tell(self, events: Sequence[Event]) -> None:
@@ -256,8 +271,13 @@ class Trainer:
         return not self.stop.poll()
 
     def save(self) -> None:
-        """One checkpoint (collective over the job)."""
+        """One checkpoint (collective over the job). Where it cannot be written the run says so and goes on."""
         self.heart.beat(self.step, "saving")
-        where = store.save(self.engine, self.grid, self.checkpoints, self.manifest(), self.config.megastab.run.keep_last)
-        self.folder.event(Event(self.step, "save", str(where)))
+        self.tell_saved(self.saver.save(self.manifest()))
         self._saved_step = self.step
+
+    def tell_saved(self, ended: Sequence[Outcome]) -> None:
+        """How checkpoints ended, into events.jsonl."""
+        for step, where, failure in ended:
+            self._unsaved = bool(failure)
+            self.tell([Event(step, "warning", failure) if failure else Event(step, "save", str(where))])

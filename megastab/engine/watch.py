@@ -2,7 +2,7 @@
 
     what is seen                                              exit code
     --------------------------------------------------------  ---------
-    no progress for ``run.hang_seconds``                      87, after naming the ranks that lag
+    no progress for ``run.hang_seconds``                      87, after naming the hosts that do not answer or the ranks that lag
     a rank on this machine has died                           87, at once, whether or not the backend notices
     asked to stop ``run.stop_seconds`` ago and still here     87
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from megastab.config.schema import RunConfig
 from megastab.engine.heartbeat import ASKED, Beat, Heart, describe_hang, read_beats, who_lags
 from megastab.engine.processes import HOST, is_gone
+from megastab.engine.reach import Hosts
 from megastab.engine.run_lock import RunLock
 from megastab.engine.signals import StopRequest
 from megastab.parallel import collectives
@@ -44,10 +45,14 @@ class Watch(threading.Thread):
         run: the run's limits.
         stop: what asks this rank to stop.
         lock: of the run folder, on the rank that holds it.
+        hosts: of the job.
     """
 
-    def __init__(self, heart: Heart, peers: Sequence[Beat], run: RunConfig, stop: StopRequest, lock: RunLock | None):
+    def __init__(
+        self, heart: Heart, peers: Sequence[Beat], run: RunConfig, stop: StopRequest, lock: RunLock | None, hosts: Hosts | None = None
+    ):
         super().__init__(name="watch", daemon=True)
+        self.hosts = hosts
         self.heart, self.run_folder, self.limits, self.stop, self.lock = heart, heart.folder.parent, run, stop, lock
         self.world = len(peers)
         self.rank = heart.now.rank
@@ -110,6 +115,11 @@ class Watch(threading.Thread):
             questions.add(self._answered)
             if self._is_over.wait(LOOK_SECONDS / 2) or self.heart.moved_at != moved_at:
                 return
+        if self.hosts is not None and (lost := self.hosts.lost()):
+            # Both sides of a cut speak: neither can read what the other says.
+            away = [rank for host in lost for rank in host.ranks]
+            said = f"no progress for {seconds:.0f} seconds: {'; '.join(host.said for host in lost)} cannot be reached over the network"
+            self._end(said, [rank for rank in range(self.world) if rank not in away])
         beats = read_beats(self.run_folder)
         lagging, why = who_lags(beats, self.world, questions)
         self._end(describe_hang(beats, lagging, why, seconds), [rank for rank in range(self.world) if rank not in lagging])
@@ -140,7 +150,7 @@ class Watch(threading.Thread):
 def watching(heart: Heart, run: RunConfig, stop: StopRequest, lock: RunLock | None) -> Iterator[None]:
     """Watch this rank and its neighbours while inside (collective over the job at entry)."""
     heart.begin()
-    watch = Watch(heart, collectives.gather_objects(heart.now), run, stop, lock)
+    watch = Watch(heart, collectives.gather_objects(heart.now), run, stop, lock, Hosts.meet())
     watch.start()
     try:
         yield

@@ -23,6 +23,8 @@ from megastab.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megastab.parallel.param_info import Part
 
 Call = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]  # q [B, N, S, H], k and v [B, K, L, H], mask -> [B, N, S, H]
+Term = Tensor | tuple[Tensor, Tensor] | None  # of the sink: its logit [N], or its key and value [K, H]; None where it has no parameters
+Look = Callable[[Tensor, Tensor, Term, Context], None]  # q [B, S, N, H], k [B, S, K, H], the sink's term, context
 
 
 class Attention(nn.Module):
@@ -33,7 +35,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.logits: LargestLogits | None = None  # set where QK-clip is on
-        self.theta = config.rope_theta if config.arch == "llama" else None
+        self.look: Look | None = None  # set while telemetry looks
+        self.theta, self.rope_scaling = (config.rope_theta if config.arch == "llama" else None), config.rope_scaling
         self.head_dim = config.head_dim
         self.copies = kv_copies(config.num_kv_heads, tp.size)
         self.num_heads = config.num_heads // tp.size
@@ -70,21 +73,26 @@ class Attention(nn.Module):
         if self.gates:
             first, gate_GM = projected[0].split((projected[0].shape[1] - self.gates, self.gates), dim=1)
             projected = (first, *projected[1:])
-        q_BSNH, k_BSKH, v_BSKH = self._heads(projected, context)
+        q_BSNH, k_BSKH, v_BSKH = self.heads(projected, context)
         if cache is not None:
             k_BSKH, v_BSKH = cache.append(k_BSKH, v_BSKH)
-        out_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, context.document_ids, self._call(q_BSNH))
+        term = self._term(q_BSNH)
+        if self.look is not None and cache is None:
+            self.look(q_BSNH, k_BSKH, term, context)
+        out_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, context.document_ids, self._call(q_BSNH, term))
         out_GX = out_BSNH.reshape(context.batch * context.seq, -1)
         return out_GX if gate_GM is None else _gated(out_GX, gate_GM)
 
-    def _heads(self, projected: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
+    def heads(self, projected: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
+        """q [B, S, N, H], k and v [B, S, K, H] as they are attended with: normalised and rotated; ``projected`` without the gate's rows."""
         n, k = self.num_heads, self.num_kv_heads
         # (heads of each run, how many runs are turned): queries and keys turn, values do not
         runs = (((n, k, k), 2),) if self.copies == 1 else (((n,), 1), ((k, k), 1))
         fused = [x.view(context.batch, context.seq, -1, self.head_dim) for x in projected]
         table = None
         if self.theta is not None:
-            table = rope_table(context.seq, self.head_dim, self.theta, projected[0].device, context.first_position)
+            device = projected[0].device
+            table = rope_table(context.seq, self.head_dim, self.theta, device, context.first_position, self.rope_scaling)
         if table is not None and self.q_norm is None:
             return tuple(run for x, (heads, turned) in zip(fused, runs, strict=True) for run in rotate_split(x, table, heads, turned))
         q_BSNH, k_BSKH, v_BSKH = (run for x, (heads, _) in zip(fused, runs, strict=True) for run in x.split(heads, dim=2))
@@ -94,20 +102,23 @@ class Attention(nn.Module):
                 q_BSNH, k_BSKH = rotate(q_BSNH, table), rotate(k_BSKH, table)
         return q_BSNH, k_BSKH, v_BSKH
 
-    def _call(self, like: Tensor) -> Call:
+    def _term(self, like: Tensor) -> Term:
+        """What the sink's parameters add, its key normed as the others are."""
+        term: Term = None if self.sink is None else self.sink(like)
+        if isinstance(term, tuple) and self.k_norm is not None:
+            return self.k_norm(term[0][None, None])[0, 0], term[1]
+        return term
+
+    def _call(self, like: Tensor, term: Term) -> Call:
         """Attention with this layer's sink, cap and watch."""
         extras = Extras(self.cap, self.logits if self.training else None)
         if self.has_softmax1:
             return partial(attend_with_logit, extras=extras)
-        if self.sink is None:
+        if term is None:
             return _plain if extras.are_none else partial(attend_with_logit, logit_N=like.new_full((1,), -torch.inf), extras=extras)
-        term = self.sink(like)
         if isinstance(term, Tensor):
             return partial(attend_with_logit, logit_N=term, extras=extras)
-        key_KH, value_KH = term
-        if self.k_norm is not None:
-            key_KH = self.k_norm(key_KH[None, None])[0, 0]
-        return partial(attend_with_bias, bias=(key_KH, value_KH), extras=extras)
+        return partial(attend_with_bias, bias=term, extras=extras)
 
     def forward(self, x_TD: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
         """[T, D] -> [T, D]."""

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megastab.config.schema import RopeScalingConfig
 
-def rope_table(seq: int, head_dim: int, theta: float, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
+
+def rope_table(
+    seq: int, head_dim: int, theta: float, device: torch.device, first: int = 0, scaling: RopeScalingConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions [first, first + seq): two [S, H/2] fp32 tensors.
 
     Computed, never a buffer: an engine that casts the model to bf16 would round it, and at long positions the angle with it.
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    if scaling is not None:
+        frequencies = scaled_frequencies(frequencies, scaling)
     angles = torch.outer(torch.arange(first, first + seq, dtype=torch.float64, device=device), frequencies)
     return angles.cos().float(), angles.sin().float()
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    """Frequencies [H/2], in radians a position, as Llama 3 stretches them: see :class:`RopeScalingConfig`."""
+    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
+    kept = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def _turn_(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -11,6 +11,7 @@ Differs: the paper's Q acts on the flattened tensor (n x n); here it acts on row
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 import warnings
@@ -38,6 +39,13 @@ FORMAT = 1  # of the moments' coordinates
 SETTINGS = ("rotation", "axes", "seed", "haar_per", "max_axis", "rotate_vectors", "ortho_format")
 """What the moments mean depends on these: they travel in every parameter group, and a checkpoint with others is refused."""
 TORCHS_OWN = ("fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad")
+
+
+def ortho_settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``SETTINGS`` of an OrthoAdam built with ``params``."""
+    defaults = inspect.signature(OrthoAdam).parameters
+    given = {name: params[name] if name in params else defaults[name].default for name in SETTINGS[:-1]}
+    return {**given, SETTINGS[-1]: FORMAT}
 
 
 class OrthoAdam(Optimizer):

@@ -3,13 +3,12 @@ sample layer by layer, and the matrices that moved or pulled most in it."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from typing import TYPE_CHECKING, Any
 
 from megastab.report.history import History, number
-from megastab.report.markup import figure, note, section, table, text
+from megastab.report.inside_attention import attention_inside
+from megastab.report.markup import figure, note, picture_tag, section, table, text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +30,7 @@ MEANING = (
 
 def inside(history: History) -> str:
     """The section; empty where nothing was sampled."""
-    return section("Inside the model", _picture(history), _layers(history), _matrices(history))
+    return section("Inside the model", _picture(history), _layers(history), attention_inside(history), _matrices(history))
 
 
 def figure_of_samples(history: History) -> Figure | None:
@@ -73,10 +72,7 @@ def _picture(history: History) -> str:
     picture = figure_of_samples(history)
     if picture is None:
         return ""
-    held = io.BytesIO()
-    picture.savefig(held)
-    data = base64.b64encode(held.getvalue()).decode()
-    return f'<img alt="largest activations of each layer over the sampled steps" src="data:image/png;base64,{data}">\n{note(MEANING)}'
+    return picture_tag(picture, "largest activations of each layer over the sampled steps") + note(MEANING)
 
 
 def _layers(history: History) -> str:

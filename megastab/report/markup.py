@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #57606a; --line: #d8dee4; --shade: #f6f8fa;
@@ -38,6 +44,13 @@ def text(value: object) -> str:
 def figure(value: float | None, missing: str = "&ndash;") -> str:
     """A number with four digits; ``missing`` where there is none."""
     return missing if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def picture_tag(picture: Figure, words: str) -> str:
+    """A drawing inside the page; ``words`` say what it shows."""
+    held = io.BytesIO()
+    picture.savefig(held)
+    return f'<img alt="{text(words)}" src="data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}">\n'
 
 
 def section(title: str, *parts: str) -> str:

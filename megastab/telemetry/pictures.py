@@ -1,4 +1,5 @@
-"""One sampled step as a picture: the layers from left to right, their largest activations and the median on a log axis."""
+"""One sampled step as pictures: the layers from left to right with their largest activations and the median on a log axis; and the heads of
+every layer."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+HEAD_PANELS = (("first_key_mass", "mass on the first key", (0.0, 1.0), "magma_r"), ("entropy", "entropy, nats", (0.0, None), "viridis"))
 RANKED = (("largest", "#B2182B"), ("second", "#F58518"), ("third", "#E6AB02"))
 MEDIAN, BRANCHES = "#4C78A8", {"attention": "#54A24B", "mlp": "#72569C"}
 
@@ -38,6 +40,27 @@ def figure_of_sample(sample: Sample) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_title(f"residual stream after each block, step {sample.step}", loc="left", fontsize=10)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def figure_of_heads(sample: Sample) -> Figure:
+    """Layers times heads: the mass on the first key, and the entropy; white is a value that was not finite."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, and no global state of pyplot's
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 3.6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (key, name, (low, high), colours) in zip(figure.subplots(1, len(HEAD_PANELS)), HEAD_PANELS, strict=True):
+        grid = [[getattr(head, key) for head in heads] for heads in sample.attention.values()]
+        drawn = axes.imshow(grid, aspect="auto", origin="lower", cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+        figure.colorbar(drawn, ax=axes, pad=0.02)
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_xlabel("head")
+        axes.set_ylabel("layer")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.suptitle(f"attention of every head, step {sample.step}", fontsize=10)
     return figure
 
 

@@ -21,6 +21,8 @@ from megastab.parallel import collectives
 from megastab.stability.controller import Controller
 from megastab.stability.record import Event
 from megastab.telemetry.activations import ActivationWatch, Place, newly_massive
+from megastab.telemetry.attention import AttentionWatch
+from megastab.telemetry.heads import Head, layer_facts, layer_scalars
 from megastab.telemetry.moments import Entry, Summary
 from megastab.telemetry.weights import MatrixSummary, WeightWatch
 
@@ -33,12 +35,16 @@ class Sample:
     activations: dict[Place, Summary] = field(default_factory=dict)
     weights: dict[str, MatrixSummary] = field(default_factory=dict)
     """By canonical name."""
+    attention: dict[int, tuple[Head, ...]] = field(default_factory=dict)
+    """By layer, its heads."""
 
     def to_json(self) -> dict[str, Any]:
         """A line of ``telemetry.jsonl``; what JSON cannot say (inf, nan) as null."""
         line: dict[str, Any] = {"step": self.step}
         if self.activations:
             line["activations"] = [_activation(place, seen) for place, seen in self.activations.items()]
+        if self.attention:
+            line["attention"] = [layer_facts(layer, heads) for layer, heads in self.attention.items()]
         if self.weights:
             named = self.weights.items()
             line["weights"] = [{"name": name, **{k: _plain(v) for k, v in seen._asdict().items()}} for name, seen in named]
@@ -51,6 +57,10 @@ class Sample:
             for key, value in _scalars(seen).items():
                 if math.isfinite(value):
                     values.setdefault(key, {})[f"{place.site}/layers.{place.layer}"] = value
+        for layer, heads in self.attention.items():
+            for key, value in layer_scalars(heads).items():
+                if math.isfinite(value):
+                    values.setdefault(f"attention_{key}", {})[f"layers.{layer}"] = value
         for name, matrix in self.weights.items():
             for key, value in matrix._asdict().items():
                 if math.isfinite(value):
@@ -93,6 +103,7 @@ class Sampler:
         adapter, grid = controller.adapter, controller.grid
         is_on = config.interval_steps is not None
         self.activations = ActivationWatch(adapter.engine.module, grid, num_layers) if is_on and config.activations else None
+        self.attention = AttentionWatch(adapter.engine.module, grid, num_layers) if is_on and config.attention else None
         watch_weights = is_on and config.weights
         self.weights = WeightWatch(adapter, grid, controller.norms, controller.tvr) if watch_weights else None
         self._step: int | None = None
@@ -115,6 +126,8 @@ class Sampler:
             stack.enter_context(eagerly())
             if self.activations is not None:
                 stack.enter_context(self.activations.watching(batches[0]))
+            if self.attention is not None:
+                stack.enter_context(self.attention.watching())
             if self.weights is not None:
                 stack.enter_context(self.weights.watching())
             yield
@@ -124,13 +137,14 @@ class Sampler:
         step, self._step = self._step, None
         if step is None:
             return None
-        tables = [watch.table() for watch in (self.activations, self.weights) if watch is not None]
+        tables = [watch.table() for watch in (self.activations, self.attention, self.weights) if watch is not None]
         whole = torch.cat(tables)
         collectives.sum_doubles_(whole, collectives.job_group())  # over (tp x dp x pp): each rank has its own places, or its own terms
         parts = iter(whole.split([len(table) for table in tables]))
         activations = self.activations.read(next(parts)) if self.activations is not None else {}
+        attention = self.attention.read(next(parts)) if self.attention is not None else {}
         norm = math.nan if self.controller.norm is None else self.controller.norm
-        return Sample(step, activations, self.weights.read(next(parts), norm) if self.weights is not None else {})
+        return Sample(step, activations, self.weights.read(next(parts), norm) if self.weights is not None else {}, attention)
 
     def events(self, sample: Sample) -> list[Event]:
         """What is in ``sample`` for the first time and a person should know of."""

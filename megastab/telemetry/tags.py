@@ -126,7 +126,11 @@ PLACES = """\
 `<place>` is `residual` (the stream after the block), `attention` or `mlp` (what they give before an output norm and dropout); layers count
 from 0. These, and the `weights/` of every matrix, come on the first step and every `megastab.telemetry.interval_steps`. `telemetry.jsonl`
 holds them too, with the three largest entries of each place: value, sample, position, channel and token id. A picture of the layers and
-their largest activations lies beside the scalars. Only the first micro-batch of a step is looked at, on every data-parallel rank."""
+their largest activations lies beside the scalars. Only the first micro-batch of a step is looked at, on every data-parallel rank.
+
+Attention is looked at in the first sample of the step only (one and the same at every layout), at 64 queries spread evenly over it, in
+every head. TensorBoard gets the numbers of a layer and a picture of layers and heads; `telemetry.jsonl` has a list over the heads for each
+number, and `first_key_uniform`, the mass equal logits would put on the first key for the same queries."""
 
 # Scalars of which there is one for every place in the network, on the steps `telemetry.interval_steps` names; place and layer follow the
 # tag: `residual` (after the block), `attention` and `mlp` (what they add).
@@ -197,7 +201,54 @@ OF_MATRIX: dict[str, Tag] = {
         "above 0.5 for long: one matrix decides every clip; zclip.scope = parameter clips it alone",
     ),
 }
-SAMPLED = BY_PLACE | OF_MATRIX
+
+# Scalars of which there is one for every attention layer on a sampled step; the heads one by one are in telemetry.jsonl.
+OF_LAYER: dict[str, Tag] = {
+    "attention_largest_logit": Tag(
+        "attention/largest_logit",
+        "-",
+        "largest q.k / sqrt(head_dim) of any head, after attention_softcap, over the sampled queries (all of them may hold a larger one)",
+        "above 100 and rising, or at the soft-cap: attention collapses to single keys; stability.qk_clip or qk_norm stop it",
+    ),
+    "attention_entropy": Tag(
+        "attention/entropy",
+        "nats",
+        "entropy of a query's attention, the sink counted as one more key; mean over queries and heads",
+        "a fall towards 0 in most layers: attention collapses (as above); no change from step 1: queries and keys do not learn",
+    ),
+    "attention_entropy_min": Tag(
+        "attention/entropy_min",
+        "nats",
+        "the same of the head with the lowest",
+        "near 0 from one look to the next: that head attends to one key whatever the query; its number is in telemetry.jsonl",
+    ),
+    "attention_first_key_mass": Tag(
+        "attention/first_key_mass",
+        "share",
+        "attention on the first visible key (of the sample, or of the document with data.document_mask), mean over queries and heads",
+        "far above first_key_uniform in telemetry.jsonl, what equal logits would put there: the first token is a sink, and massive "
+        "activations follow; sink = softmax1 or learned, or output_gate, remove the need",
+    ),
+    "attention_first_key_mass_max": Tag(
+        "attention/first_key_mass_max",
+        "share",
+        "the same of the head with the highest",
+        "near 1: a head that does nothing but rest on the first token; one or two a layer are usual without a sink",
+    ),
+    "attention_first_key_share": Tag(
+        "attention/first_key_share",
+        "share",
+        "share of queries whose largest weight on a key is on the first one (arXiv 2410.17174; queries that see one key only left out)",
+        "above 0.5: most attention is at rest (trained models without a sink reach 0.65 to 0.98); as for first_key_mass",
+    ),
+    "attention_sink_mass": Tag(
+        "attention/sink_mass",
+        "share",
+        "attention on the sink (softmax1, learned, or kv_bias's key), mean over queries and heads",
+        "above 0.9: the layer hardly looks at the tokens; near 0 with a high first_key_mass: the sink is not taken up",
+    ),
+}
+SAMPLED = BY_PLACE | OF_MATRIX | OF_LAYER
 
 
 def to_markdown() -> str:
@@ -213,6 +264,7 @@ def to_markdown() -> str:
     lines += [f"| `{tag.name}` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in TAGS.values()]
     lines += [f"| `{tag.name}/<matrix>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in BY_MATRIX]
     lines += [f"| `{tag.name}/<place>/layers.<l>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in BY_PLACE.values()]
+    lines += [f"| `{tag.name}/layers.<l>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in OF_LAYER.values()]
     lines += [f"| `{tag.name}/<matrix>` | {tag.unit} | {tag.meaning} | {tag.bad} |" for tag in OF_MATRIX.values()]
     return "\n".join([*lines, "", PLACES]) + "\n"
 

@@ -110,6 +110,8 @@ class Adapter(ABC):
     """Private attributes of the wrapper this adapter reads; missing ones are refused by name."""
     is_partitioned: ClassVar[bool] = True
     """Whether data-parallel ranks own different fragments; otherwise each holds them all."""
+    partitions_weights: ClassVar[bool] = False
+    """Whether the low-precision weights are cut as well (ZeRO 3), so that a whole one must be gathered."""
     tp: TensorParallel = ALONE
     """Tensor-parallel axis foreign parameters are described on; our own carry their description."""
     reduces_in_backward: ClassVar[bool] = False
@@ -141,6 +143,10 @@ class Adapter(ABC):
     @abstractmethod
     def stepped(self) -> list[Tensor]:
         """The tensors the client optimizer is stepped on, in one order on all data-parallel ranks; every master lies in one of them."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make every low-precision weight from its master, on every rank, outside a step (collective over data-parallel ranks)."""
 
     @abstractmethod
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:

@@ -99,6 +99,10 @@ class BF16Adapter(Adapter):
         """One flat partition a group."""
         return list(self.optimizer.fp32_groups_flat_partition)
 
+    def publish(self) -> None:
+        """Copy and all-gather, as at the end of a step."""
+        self.optimizer.update_lp_params()
+
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The fp32 accumulation buffer of this step."""
         gradient = getattr(parameter, "_hp_grad", None)

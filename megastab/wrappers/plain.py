@@ -50,6 +50,9 @@ class PlainAdapter(Adapter):
         """The parameters themselves."""
         return list(self.parameters())
 
+    def publish(self) -> None:
+        """Nothing to do: the masters are the weights."""
+
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The accumulated ``.grad``."""
         return parameter.grad

@@ -22,6 +22,7 @@ class Zero12Adapter(Adapter):
         "real_dp_process_group",
         "get_gradient_for_reduction",
         "_optimizer_step",
+        "update_lp_params",
         "unscale_and_clip_grads",
         "averaged_gradients",
         "reset_cpu_buffers",
@@ -70,6 +71,10 @@ class Zero12Adapter(Adapter):
     def stepped(self) -> list[Tensor]:
         """One flat partition a group."""
         return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def publish(self) -> None:
+        """Copy and all-gather, as at the end of a step."""
+        self.optimizer.update_lp_params()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """What stage 1 will reduce: ``.grad``, or the fp32 accumulator where accumulation is wider than the weights."""

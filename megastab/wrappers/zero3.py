@@ -45,10 +45,13 @@ class Zero3Adapter(Adapter):
         "get_param_id",
         "_optimizer_step",
         "_reassign_or_swap_out_partitioned_parameters",
+        "checkpoint_event_prologue",
+        "checkpoint_event_epilogue",
         "_update_scale",
         "clip_grad",
     )
     reduces_in_backward = True
+    partitions_weights = True
 
     def __init__(self, engine: Any):
         super().__init__(engine)
@@ -74,6 +77,13 @@ class Zero3Adapter(Adapter):
     def stepped(self) -> list[Tensor]:
         """One flat partition a sub-group."""
         return list(self.optimizer.fp32_partitioned_groups_flat)
+
+    def publish(self) -> None:
+        """Copy sub-group by sub-group; parameters that stay whole are gathered again."""
+        self.optimizer.checkpoint_event_prologue()
+        for group in range(len(self.optimizer.fp16_groups)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self.optimizer.checkpoint_event_epilogue()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """None: gradients are reduced and partitioned as they appear."""

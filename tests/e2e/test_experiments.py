@@ -159,16 +159,6 @@ def test_layers_are_the_residual_stream_behind_the_embedding_and_every_block(mod
     assert not any(m._forward_hooks for m in model.modules()), "hooks are taken off again"
 
 
-def test_rounding_agrees_with_known_values() -> None:
-    from rounding import absmax, zeropoint
-
-    x = torch.tensor([0.1, -0.21, 0.3, 0.4])
-    torch.testing.assert_close(absmax(x, 8, x.abs().max()), torch.tensor([0.1007874, -0.2110236, 0.2992126, 0.4]))
-    torch.testing.assert_close(absmax(torch.tensor([9.0, -9.0, 0.3]), 4, torch.tensor(0.7)), torch.tensor([0.7, -0.7, 0.3]))
-    torch.testing.assert_close(zeropoint(torch.tensor([[-0.5, 0.0, 0.26, 1.0]]), 4, 1), torch.tensor([[-0.5, 0.0, 0.3, 1.0]]))
-    assert absmax(torch.zeros(3), 8, torch.tensor(0.0)).tolist() == zeropoint(torch.zeros(1, 3), 4, 1)[0].tolist() == [0.0] * 3
-
-
 def test_weights_are_rounded_by_output_channel_whichever_way_they_are_stored(model: torch.nn.Module) -> None:
     from rounding import largest_inputs, matrices, rounded
 

@@ -11,7 +11,7 @@ from transformers import GptOssConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
 from megastab.model.context import Context
-from tests.oracle.models import build, llama_names, logical
+from tests.oracle.models import build, logical, matrices_in
 from tests.oracle.test_hugging_face import LAYERS, SEQ, VOCAB, compare
 
 HIDDEN, HEADS = 48, 6
@@ -56,11 +56,8 @@ def test_qk_norm_equals_qwen3(kv_heads: int) -> None:
     for name, parameter in theirs.named_parameters():
         if "norm" in name:
             parameter.data.normal_(1.0, 0.2)
-    names = llama_names(LAYERS, tied=False)
-    for i in range(LAYERS):
-        names |= {f"layers.{i}.attention.{x}_norm": (f"model.layers.{i}.self_attn.{x}_norm.weight", False) for x in "qk"}
     model = ours(kv_heads, qk_norm="head")
-    compare(model, theirs, lambda by_name: {mine: by_name[n].t() if turned else by_name[n] for mine, (n, turned) in names.items()})
+    compare(model, theirs, lambda by_name: matrices_in(by_name, model.config, "qwen3"))
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2])

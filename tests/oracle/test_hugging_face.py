@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from tests.oracle.models import build, copy_into, gpt2_matrices, llama_names, logical
+from tests.oracle.models import build, copy_into, logical, matrices_in
 
 TOLERANCE = 1e-4
 SEQ, VOCAB, LAYERS = 24, 150, 3
@@ -75,8 +75,7 @@ def test_llama_equals_transformers(hidden: int, heads: int, kv_heads: int, ffn: 
             "rope_theta": 5000.0,
         }  # fmt: skip
     )
-    names = llama_names(LAYERS, tied)
-    compare(ours, theirs, lambda by_name: {mine: by_name[n].t() if turned else by_name[n] for mine, (n, turned) in names.items()})
+    compare(ours, theirs, lambda by_name: matrices_in(by_name, ours.config, "llama"))
 
 
 @pytest.mark.parametrize(("hidden", "heads"), [(48, 6), (64, 2)])
@@ -91,4 +90,4 @@ def test_gpt2_equals_transformers(hidden: int, heads: int) -> None:
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     ours = build({"arch": "gpt", "num_layers": LAYERS, "hidden_size": hidden, "num_heads": heads, "max_seq_len": 64, "vocab_size": VOCAB})
-    compare(ours, theirs, lambda by_name: gpt2_matrices(by_name, LAYERS))
+    compare(ours, theirs, lambda by_name: matrices_in(by_name, ours.config, "gpt2"))

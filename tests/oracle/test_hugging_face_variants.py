@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
-from tests.oracle.models import build, llama_names
+from tests.oracle.models import build, matrices_in, names_in
 from tests.oracle.test_hugging_face import LAYERS, SEQ, VOCAB, compare
 
 HIDDEN, HEADS, KV_HEADS, FFN = 48, 6, 2, 80
@@ -49,22 +49,12 @@ def translator(names: dict[str, tuple[str, bool]]):
     return lambda by_name: {mine: by_name[n].t() if turned else by_name[n] for mine, (n, turned) in names.items()}
 
 
-def without_input_norms(names: dict[str, tuple[str, bool]]) -> dict[str, tuple[str, bool]]:
-    return {mine: theirs for mine, theirs in names.items() if not mine.endswith(("attention_norm", "mlp_norm"))}
-
-
 def test_olmo2_equals_transformers() -> None:
     torch.manual_seed(0)
     theirs = Olmo2ForCausalLM(Olmo2Config(**THEIRS, tie_word_embeddings=False))
     spread_gains(theirs, 1.0)
     ours = build({**OURS, "norm_position": "reordered", "qk_norm": "full"})
-    names = without_input_norms(llama_names(LAYERS, tied=False))
-    for i in range(LAYERS):
-        mine, layer = f"layers.{i}", f"model.layers.{i}"
-        names |= {f"{mine}.attention.{x}_norm": (f"{layer}.self_attn.{x}_norm.weight", False) for x in "qk"}
-        names[f"{mine}.attention_output_norm"] = (f"{layer}.post_attention_layernorm.weight", False)
-        names[f"{mine}.mlp_output_norm"] = (f"{layer}.post_feedforward_layernorm.weight", False)
-    compare(ours, theirs, translator(names))
+    compare(ours, theirs, lambda by_name: matrices_in(by_name, ours.config, "olmo2"))
 
 
 @pytest.mark.parametrize("caps", [(2.0, 3.0), (None, None)], ids=["capped", "not capped"])
@@ -80,7 +70,7 @@ def test_gemma2_equals_transformers(caps: tuple[float | None, float | None]) -> 
     spread_gains(theirs, 0.0)
     gemma = {"norm_position": "peri", "activation": "gelu", "tie_embeddings": True, "embedding_multiplier": HIDDEN**0.5}
     ours = build({**OURS, **gemma, "attention_softcap": attention_cap, "logit_softcap": logit_cap})
-    names = llama_names(LAYERS, tied=True)
+    names = names_in(ours.config, "llama")
     for i in range(LAYERS):
         mine, layer = f"layers.{i}", f"model.layers.{i}"
         names[f"{mine}.attention_output_norm"] = (f"{layer}.post_attention_layernorm.weight", False)

@@ -9,11 +9,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from megastab.config.schema import RopeScalingConfig
 from megastab.model.attention import attend
 from megastab.model.kv_cache import KVCache
 from megastab.model.loss import cross_entropy
 from megastab.model.norms import RMSNorm
-from megastab.model.rope import rope_table, rotate
+from megastab.model.rope import rope_table, rotate, scaled_frequencies
 from megastab.parallel.grid import ALONE
 from tests.oracle.models import build
 from tests.ranks import run_ranks
@@ -139,6 +140,20 @@ def test_rope_equals_transformers(head_dim: int) -> None:
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-5)
     later = rope_table(10, head_dim, 10000.0, q.device, first=30)
     assert torch.equal(rotate(q[:, 30:], later), rotate(q, table)[:, 30:])
+
+
+@pytest.mark.parametrize(("theta", "length", "factor"), [(500000.0, 8192, 8.0), (500000.0, 8192, 32.0), (10000.0, 64, 4.0)])
+def test_llama3_frequencies_equal_transformers(theta: float, length: int, factor: float) -> None:
+    """Llama 3.1's and 3.2's constants, and a small one. 1e-5 relative: theirs are powers taken in fp32."""
+    scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_type": "llama3", "rope_theta": theta, "original_max_position_embeddings": length, **scaling}
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=16 * length, rope_parameters=rope)
+    expected = LlamaRotaryEmbedding(config).inv_freq.double()
+    plain = theta ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    found = scaled_frequencies(plain, RopeScalingConfig(original_max_seq_len=length, **scaling))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    ratio = plain / found
+    assert ratio[0] == 1.0 and abs(ratio[-1] - factor) < 1e-9 and ((ratio > 1.01) & (ratio < factor - 0.01)).any(), "all three kinds"
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, may_see: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from megastab.checkpoint import manifest, store, weights
 from megastab.checkpoint.manifest import Manifest
 from megastab.config.errors import UserError
 from megastab.config.load import load_config
-from tests.layouts import LLAMA, SINGLE, config_of
+from tests.layouts import LLAMA, SINGLE, Layout, config_of
 from tests.oracle.models import build
 
 HERE = Path("runs/x/checkpoints/step00000010")
@@ -50,11 +51,45 @@ def test_every_difference_is_named() -> None:
     other = load_config(config_of(SINGLE, model__hidden_size=64, model__num_kv_heads=2), world_size=1)
     with pytest.raises(UserError, match="another model .*hidden_size 32 there, 64 here, num_kv_heads 4 there, 2 here"):
         a_manifest().check(Manifest.of(other, 0, 0), HERE)
-    wider = replace(a_manifest(), layout={**a_manifest().layout, "precision": "bf16"})
-    with pytest.raises(UserError, match="another layout .*precision fp32 there, bf16 here"):
-        a_manifest().check(wider, HERE)
+    other = load_config(config_of(SINGLE, "SGD"), world_size=1)
+    with pytest.raises(UserError, match="another optimizer .*type AdamW there, SGD here.*resume with the optimizer it was saved with"):
+        a_manifest().check(Manifest.of(other, 0, 0), HERE)
     with pytest.raises(UserError, match="another tokenizer: set megastab.data.tokenizer"):
         a_manifest("abc").check(a_manifest("def"), HERE)
+
+
+def ortho(**params: object) -> Manifest:
+    return Manifest.of(load_config(config_of(SINGLE, "OrthoAdam", ds__optimizer__params=params), world_size=1), 0, 0)
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [("seed", 1, "seed 0 there, 1 here"), ("axes", "both", "axes last there, both here")])
+def test_moments_of_another_rotation_are_refused_and_defaults_are_settings(key: str, value: object, said: str) -> None:
+    ortho().check(ortho(seed=0, axes="last", rotation="hadamard", lr=1.0), HERE)
+    with pytest.raises(UserError, match=rf"another optimizer \({said}\): its moments mean nothing here"):
+        ortho().check(ortho(**{key: value}), HERE)
+
+
+def test_another_layout_and_precision_is_no_fault_but_told() -> None:
+    other = load_config(config_of(Layout(4, tp=2, sp=True, zero=1), dtype="bf16"), world_size=4)
+    wanted = Manifest.of(other, 0, 0)
+    a_manifest().check(wanted, HERE)
+    said = "world 1 -> 4, tensor 1 -> 2, data 1 -> 2, zero_stage 0 -> 1, precision fp32 -> bf16, sequence False -> True"
+    assert a_manifest().change_of_shape(wanted) == said and a_manifest().change_of_shape(a_manifest()) == ""
+
+
+def test_checkpoint_of_deepspeeds_states_is_refused_with_its_format(tmp_path: Path) -> None:
+    old = {key: value for key, value in asdict(a_manifest()).items() if key not in ("optimizer", "scalars", "files")}
+    (tmp_path / manifest.FILE).write_text(json.dumps({**old, "format": 1}))
+    with pytest.raises(UserError, match="of format 1 .*this megastab reads 2.*weights folder can still be sampled from"):
+        Manifest.read(tmp_path).check(a_manifest(), HERE)
+
+
+def test_one_changed_digit_of_a_manifest_is_seen(tmp_path: Path) -> None:
+    a_manifest().write(tmp_path)
+    path = tmp_path / manifest.FILE
+    path.write_text(path.read_text().replace('"consumed": 120', '"consumed": 121'))
+    with pytest.raises(UserError, match="is damaged .*its checksum is another"):
+        Manifest.read(tmp_path)
 
 
 NEW_KEYS = ("dyt", "norm_position", "layer_norm_scaling", "embedding_norm", "embedding_multiplier", "qk_norm", "sink")

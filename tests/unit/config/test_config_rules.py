@@ -86,6 +86,11 @@ CASES: dict[str, Case] = {
         ("megastab.model.dropout = 0.1", 'megastab.model.arch = "gpt"'),
         ("megastab.model.arch=gpt",),
     ),
+    "_rope_scaling_arch": Case(
+        ("megastab.model.arch=gpt", "megastab.model.activation=gelu", 'megastab.model.rope_scaling={"factor":8,"original_max_seq_len":64}'),
+        ("megastab.model.rope_scaling is given", '"gpt"', 'use megastab.model.arch = "llama"'),
+        ("megastab.model.rope_scaling=null",),
+    ),
     "_dyt_section": Case(
         ("megastab.model.dyt.alpha_other=0.5",),
         ('megastab.model.dyt is given with megastab.model.norm = "rmsnorm"', 'set megastab.model.norm to "dyt", or leave'),

@@ -12,7 +12,7 @@ from torch import nn
 
 import megastab
 from megastab.config.errors import UserError
-from megastab.config.library import load_library_config, load_stability
+from megastab.config.library import load_block, load_library_config
 from megastab.wrappers.adapter import UnsupportedEngine
 
 GOOD = {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
@@ -27,6 +27,10 @@ GOOD = {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1
         ({"megastab": {"stability": {"zclip": {"z_tresh": 3}}}}, r"megastab\.stability\.zclip\.z_tresh .*z_thresh\?"),
         ({"megastab": {"stability": {"zclip": {"max_grad_norm": 1.0}}}}, "Its home is the top-level gradient_clipping"),
         ({"megastab": 3}, "megastab = 3 must be a section"),
+        ({"megastab": {"telemetry": {"activations": True}}}, r"megastab\.telemetry\.activations = true needs the trainer's models"),
+        ({"megastab": {"telemetry": {"attention": True}}}, r"megastab\.telemetry\.attention = true needs the trainer's models"),
+        ({"megastab": {"telemetry": {"weights": False}}}, r"megastab\.telemetry\.weights = false leaves nothing to look at"),
+        ({"megastab": {"telemetry": {"interval_steps": 0}}}, r"megastab\.telemetry\.interval_steps"),
         ({"gradient_cliping": 1.0}, r"gradient_cliping is not a key DeepSpeed 0\.19\.8 reads\. Did you mean gradient_clipping\?"),
         ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "round_robin_gradients = true is refused"),
         ({"compile": {"enabled": True}}, "compile is refused: .*torch.compile"),
@@ -64,6 +68,9 @@ def test_json_is_completed_as_for_the_trainer(tmp_path: Path) -> None:
     assert loaded.optimizer == ("AdamW", {"lr": 1e-3}) and loaded.stability.zclip is not None
     assert load_library_config({**GOOD, "optimizer": {"type": "Lamb"}}, False).optimizer is None, "DeepSpeed's to judge"
     assert load_library_config({"train_batch_size": 1}, True).optimizer is None
+    assert loaded.block.telemetry is None, "no looks where nobody asked"
+    asked = {"telemetry": {"interval_steps": 5, "attention": False}}
+    assert load_library_config({**GOOD, "megastab": asked}, False).block.telemetry.interval_steps == 5  # type: ignore[union-attr]
 
 
 def fake_engine(config: dict[str, Any] | None = None) -> Any:
@@ -85,4 +92,4 @@ def test_attach_refuses_what_would_break_it() -> None:
         megastab.attach(fake_engine({"zero_optimization": {"round_robin_gradients": True}}), {"megastab": {"stability": {}}})
     with pytest.raises(UserError, match="read by the trainer"):
         megastab.attach(fake_engine({"megastab": {"model": {}}}))
-    assert load_stability({}, {}, must_have=False).zclip is None
+    assert load_block({}, {}, must_have=False).stability.zclip is None

@@ -75,4 +75,4 @@ def write_checkpoint(run: str, overrides: dict[str, Any], tokenizer: str | None 
     folder = RunFolder(run, is_writer=rank == 0)
     folder.write_config(config.resolved())
     built = build(config, grid)
-    return str(store.save(built.engine, grid, folder.path / "checkpoints", Manifest.of(config, 3, 6, tokenizer)))
+    return str(store.save(built.adapter, grid, folder.path / "checkpoints", Manifest.of(config, 3, 6, tokenizer)))

@@ -55,17 +55,17 @@ def test_resumed_run_is_the_run_bit_for_bit(name: str, tmp_path: Path) -> None:
             assert now[:3] == then[:3] and np.array_equal(now[3], then[3]), now[0]
 
 
-@pytest.mark.parametrize("name", ["tp2-pp2", "zero1", "zero3", "bf16"])
+@pytest.mark.parametrize("name", ["tp2-pp2", "zero1"])
 @pytest.mark.parametrize(
     ("params", "said"),
-    [({"seed": 6}, "seed 5 and not 6"), ({"seed": 5, "rotation": "haar"}, "rotation hadamard and not haar")],
+    [({"seed": 6}, "seed 5 there, 6 here"), ({"seed": 5, "rotation": "haar"}, "rotation hadamard there, haar here")],
     ids=["seed", "rotation"],
 )
 def test_moments_of_another_rotation_are_refused_once(name: str, params: dict[str, Any], said: str, tmp_path: Path) -> None:
     straight(name)
     (first, message), *others = run_ranks(CASES[name][0].world, attempt, config_for(name, tmp_path, params, run__resume=origin(name)))
     assert first == "UserError" and {kind for kind, _ in others} == {"PeerFailed"}
-    assert said in message and "in other coordinates they mean nothing" in message
+    assert said in message and "its moments mean nothing here" in message
 
 
 def rewound(config: dict[str, Any], folder: str) -> list[list[np.ndarray]]:

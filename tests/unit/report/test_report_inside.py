@@ -12,8 +12,10 @@ import pytest
 
 from megastab.report.history import read_history
 from megastab.report.inside import figure_of_samples, inside
+from megastab.report.inside_attention import figure_of_attention, rows_of
 from megastab.report.page import write_page
 from megastab.telemetry.activations import Place, Site
+from megastab.telemetry.heads import Head
 from megastab.telemetry.moments import Entry, Summary
 from megastab.telemetry.sampler import Sample
 from megastab.telemetry.weights import MatrixSummary
@@ -34,6 +36,12 @@ def sample(step: int, height: float) -> Sample:
     places = {Place(layer, site): seen(height if (layer, site) == (1, "residual") else 2.0) for layer in range(LAYERS) for site in sites}
     matrices = {f"layers.{i}.attention.q": MatrixSummary(0.0, 0.02, math.nan, 1e-3, float(i), i / 10) for i in range(5)}
     return Sample(step, places, matrices)
+
+
+def attending(step: int, height: float) -> Sample:
+    """Head 2 of layer 1 puts 0.9 on the first key; its largest logit is ``height``."""
+    plain = Head(4.0, 2.0, 0.1, 0.05, 0.0, 0.3)
+    return Sample(step, attention={0: (plain,) * 4, 1: (plain, plain, Head(height, 0.5, 0.9, 0.05, 0.8, 0.1), plain)})
 
 
 def write(run: RunMaker, samples: list[Sample], more: str = "") -> Path:
@@ -67,9 +75,31 @@ def test_the_picture_marks_massive_layers(run: RunMaker) -> None:
     assert [tick.get_text() for tick in panels[-1].get_xticklabels()] == ["1", "20", "40"]
 
 
+def test_the_page_shows_who_attends_to_the_first_key(run: RunMaker) -> None:
+    page = Reader()
+    page.feed(write_page(write(run, [attending(1, 3.0), attending(20, 55.5)])).read_text())
+    assert "Attention at step 20;" in page.text and "Inside the model" in page.text
+    rows = {cells[0]: cells for cells in page.rows if cells}
+    assert rows["0"] == ["0", "4", "2", "2", "0.1", "0.1", "0.05", "0", "0.3"]
+    assert rows["1"] == ["1", "55.5", "1.625", "0.5", "0.3", "0.9", "0.05", "0.2", "0.25"]
+
+
+def test_the_picture_of_attention_has_layers_steps_and_heads(run: RunMaker) -> None:
+    history = read_history(write(run, [attending(1, 3.0), attending(20, math.inf)]))
+    mass, logit, heads = (axes for axes in figure_of_attention([(s["step"], rows_of(s)) for s in history.samples]).axes if axes.images)
+    assert mass.images[0].get_array().flatten().tolist() == pytest.approx([0.1, 0.1, 0.3, 0.3])
+    told = logit.images[0].get_array()
+    assert told[:, 0].tolist() == [4.0, 4.0] and np.ma.getmaskarray(told).tolist() == [[False, False], [False, True]]
+    assert heads.images[0].get_array().tolist() == [[0.1] * 4, [0.1, 0.1, 0.9, 0.1]]
+    assert [tick.get_text() for tick in logit.get_xticklabels()] == ["1", "20"] and heads.get_xlabel() == "head"
+
+
 @pytest.mark.parametrize(
     "line",
     [
+        '{"step": 7, "attention": [{"layer": 1, "first_key_mass": ["<script>"]}, {"layer": -1}, 7, {"layer": 0, "entropy": 3}]}',
+        '{"step": 7, "attention": [{"layer": 2, "first_key_mass": [], "largest_logit": [null, 1e999], "first_key_uniform": "x"}]}',
+        '{"step": 7, "attention": {"layer": 1}}',
         '{"step": 7, "activ',
         '{"step": 7}',
         '{"step": 7, "activations": null, "weights": [3]}',

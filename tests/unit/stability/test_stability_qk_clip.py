@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megastab.config.errors import UserError
-from megastab.config.library import load_stability
+from megastab.config.library import load_block
 from megastab.model.logit_watch import LargestLogits, largest_logit
 from megastab.parallel.grid import Grid
 from megastab.parallel.param_info import ParamInfo, Part
@@ -197,4 +197,4 @@ def test_a_step_that_clips_is_an_event_with_its_heads_and_a_skipped_one_forgets(
 
 def test_a_foreign_model_has_no_logits_to_tell() -> None:
     with pytest.raises(UserError, match="qk_clip needs attention that tells its largest logits"):
-        load_stability({"megastab": {"stability": {"qk_clip": {}}}}, {}, must_have=True)
+        load_block({"megastab": {"stability": {"qk_clip": {}}}}, {}, must_have=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megastab.config.errors import UserError
-from megastab.config.library import load_stability
+from megastab.config.library import load_block
 from megastab.config.load import load_config
 from megastab.config.schema_stability import TVRConfig
 from megastab.parallel.param_info import ParamInfo, Part
@@ -60,7 +60,7 @@ def test_two_intervals_in_the_json_are_refused_in_both_ways_in() -> None:
         load_config(config_of(SINGLE, stability={"tvr": BOTH}), world_size=1)
     assert "megastab.stability.tvr" in str(trainer.value)
     with pytest.raises(UserError, match=SAID):
-        load_stability({"megastab": {"stability": {"tvr": BOTH}}}, {}, must_have=True)
+        load_block({"megastab": {"stability": {"tvr": BOTH}}}, {}, must_have=True)
 
 
 @pytest.mark.parametrize("given", [{"interval_tokens": 1000}, {"interval_tokens": 1000, "interval_steps": 50}, {"interval_steps": 20}])

@@ -27,7 +27,8 @@ from tests import jobs
 from tests.layouts import GPT, SEQ, Layout, SyntheticSource, config_of
 from tests.ranks import run_ranks
 
-EVERY_OTHER = TelemetryConfig(interval_steps=2, weights=False)
+EVERY_OTHER = TelemetryConfig(interval_steps=2, weights=False, attention=False)
+KINDS = ("activations", "attention", "weights")
 PLANTED, CHANNEL, HEIGHT = 62, 7, 5000.0  # a token of some samples, whose embedding carries one huge channel
 
 
@@ -212,9 +213,16 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(config: dict[str, Any], telemetry: TelemetryConfig | None, steps: int) -> list[tuple[dict[str, int], int]]:
-    """Operators and installed hooks of each step."""
+def counted(config: dict[str, Any], telemetry: TelemetryConfig | None, steps: int) -> list[tuple[dict[str, int], int, int, int]]:
+    """Operators and installed hooks of each step, hooks of ours left after it, and attention layers looked at in it and after it."""
+    from megastab.model.attention import Attention
+
     job = jobs.start(config)
+    layers = [module for module in job.built.engine.module.modules() if isinstance(module, Attention)]
+
+    def looks() -> int:
+        return sum(layer.look is not None for layer in layers)
+
     sampler = None if telemetry is None else sampler_of(job, telemetry)
     installed: Counter[str] = Counter()
     register = torch.nn.Module.register_forward_hook
@@ -222,17 +230,19 @@ def counted(config: dict[str, Any], telemetry: TelemetryConfig | None, steps: in
     for step in range(1, steps + 1):
         batches = job.batches.next_step()
         installed.clear()
+        during = 0
         torch.nn.Module.register_forward_hook = lambda *args, **kwargs: installed.update("x") or register(*args, **kwargs)  # type: ignore
         with Kernels() as kernels:
             if sampler is None:
                 job.stepper.train(batches)
             else:
                 with sampler.looking(step, batches):
+                    during = looks()
                     job.stepper.train(batches)
                 assert (sampler.finish() is None) is not telemetry.samples(step)
         torch.nn.Module.register_forward_hook = register
         left = sum("watch" in str(h).lower() for m in job.built.engine.module.modules() for h in m._forward_hooks.values())
-        found.append((dict(kernels.seen), installed["x"], left))
+        found.append((dict(kernels.seen), installed["x"], left + looks(), during))
     return found
 
 
@@ -246,12 +256,17 @@ def test_a_step_that_is_not_sampled_is_the_bare_step(layout: Layout) -> None:
     bare = run_ranks(layout.world, counted, config, None, 4)
     off = run_ranks(layout.world, counted, config, TelemetryConfig(interval_steps=None), 4)
     watched = run_ranks(layout.world, counted, config, TelemetryConfig(interval_steps=2), 4)
-    for plain, dark, ours in zip(bare, off, watched, strict=True):
+    only_attention = run_ranks(layout.world, counted, config, TelemetryConfig(interval_steps=2, activations=False, weights=False), 4)
+    for rank, (plain, dark, ours, theirs) in enumerate(zip(bare, off, watched, only_attention, strict=True)):
         assert dark == plain, "off: no hook and no operator more"
-        assert ours[2] == plain[2], "neither between samples"
-        assert all(left == 0 for _, _, left in ours), "no hook stays"
+        assert ours[2] == theirs[2] == plain[2] and plain[2][3] == 0, "neither between samples"
+        assert all(left == 0 for _, _, left, _ in [*ours, *theirs]), "no hook stays"
+        looks = 0 if rank >= layout.tp and layout.pp == 1 else 2 // layout.pp  # other data-parallel ranks do not hold the first sample
         for sampled_step in (0, 1, 3):
             assert ours[sampled_step][1] > 0 and sum(ours[sampled_step][0].values()) > sum(plain[sampled_step][0].values())
+            assert ours[sampled_step][3] == theirs[sampled_step][3] == looks and theirs[sampled_step][1] == plain[sampled_step][1]
+            counts = [found[sampled_step][0].get("aten.special_entr.default", 0) for found in (plain, theirs)]
+            assert counts[0] == 0 and (counts[1] > 0) is (looks > 0), "and only there"
 
 
 def interrupted() -> int:
@@ -289,4 +304,5 @@ def test_compiled_blocks_are_seen() -> None:
 def test_which_steps_are_sampled(interval: int | None, steps: list[int]) -> None:
     config = TelemetryConfig(interval_steps=interval)
     assert [step for step in range(1, 6) if config.samples(step)] == steps
-    assert not TelemetryConfig(activations=False, weights=False).samples(1)
+    assert not TelemetryConfig(activations=False, attention=False, weights=False).samples(1)
+    assert all(TelemetryConfig(**{**dict.fromkeys(KINDS, False), kind: True}).samples(1) for kind in KINDS)

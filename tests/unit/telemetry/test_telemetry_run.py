@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from megastab.telemetry.activations import Place
+from megastab.telemetry.heads import Head
 from megastab.telemetry.moments import Entry, Summary
-from megastab.telemetry.pictures import figure_of_sample, image_of
+from megastab.telemetry.pictures import figure_of_heads, figure_of_sample, image_of
 from megastab.telemetry.sampler import Sample
 from megastab.telemetry.tags import SAMPLED
 from tests.layouts import Layout, config_of
@@ -68,7 +69,8 @@ def test_a_run_tells_what_it_saw(tmp_path: Path) -> None:
     found = lines(tmp_path / "run" / "telemetry.jsonl")
     assert [line["step"] for line in found] == [1, 2, 4, 6]
     for line in found:
-        assert len(line["activations"]) == 6 and len(line["weights"]) == 16
+        assert len(line["activations"]) == 6 and len(line["weights"]) == 16 and len(line["attention"]) == 2
+        assert all(len(row["entropy"]) == 4 and 0 < min(row["first_key_mass"]) < 1 for row in line["attention"])
         massive = [row["layer"] for row in line["activations"] if row["is_massive"]]
         assert massive == ([] if line["step"] < 4 else [1])
     (event,) = [event for event in lines(tmp_path / "run" / "events.jsonl") if event["kind"] == "massive_activation"]
@@ -79,10 +81,15 @@ def test_a_run_tells_what_it_saw(tmp_path: Path) -> None:
 
     told = EventAccumulator(str(next((tmp_path / "run" / "tensorboard").rglob("events.*")).parent)).Reload()
     scalars = told.Tags()["scalars"]
-    assert {tag.name for tag in SAMPLED.values()} - {"weights/std_over_target"} <= {name.split("/")[0] for name in scalars} | {
-        "/".join(name.split("/")[:2]) for name in scalars
-    }
+    assert {tag.name for tag in SAMPLED.values()} - {"weights/std_over_target", "attention/sink_mass"} <= {
+        name.split("/")[0] for name in scalars
+    } | {"/".join(name.split("/")[:2]) for name in scalars}
     assert [each.step for each in told.Images("activations")] == [1, 2, 4, 6]
+    assert [each.step for each in told.Images("attention_heads")] == [1, 2, 4, 6]
+    of_attention = [name for name in scalars if name.startswith("attention/")]
+    assert len(of_attention) == 2 * 6, "layers, and not layers times heads"
+    largest_mass = {each.step: each.value for each in told.Scalars("attention/first_key_mass_max/layers.1")}
+    assert largest_mass == pytest.approx({line["step"]: max(line["attention"][1]["first_key_mass"]) for line in found})
     largest = {each.step: each.value for each in told.Scalars("activation_max/residual/layers.1")}
     assert largest[2] < 100 < 6990 < largest[4] and [e.step for e in told.Scalars("weights/update_ratio/layers.0.attention.q")] == [
         1,
@@ -127,3 +134,14 @@ def test_any_sample_can_be_drawn(value: float) -> None:
     nothing = Summary((), math.nan, math.nan, math.nan, math.nan, 0)
     image = image_of(figure_of_sample(Sample(1, {Place(0, "residual"): one, Place(0, "mlp"): nothing, Place(1, "residual"): nothing})))
     assert image.ndim == 3 and image.shape[2] == 3 and image.dtype.name == "uint8" and image.std() > 0
+    heads = (Head(value, value, value, value, value, value), Head(1.0, 0.5, 0.5, 0.1, 0.0, math.nan))
+    image = image_of(figure_of_heads(Sample(1, attention={0: heads, 1: heads})))
+    assert image.ndim == 3 and image.shape[2] == 3 and image.dtype.name == "uint8" and image.std() > 0
+
+
+def test_the_picture_of_heads_has_them_in_their_places() -> None:
+    layers = {layer: tuple(Head(1.0, 2.0 + head, (3 * layer + head) / 10, 0.1, 0.0, 0.0) for head in range(3)) for layer in range(2)}
+    panels = [axes for axes in figure_of_heads(Sample(7, attention=layers)).axes if axes.images]
+    assert [axes.get_title(loc="left") for axes in panels] == ["mass on the first key", "entropy, nats"]
+    assert panels[0].images[0].get_array().flatten().tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert panels[0].images[0].get_clim() == (0.0, 1.0) and panels[1].images[0].get_array().tolist() == [[2.0, 3.0, 4.0]] * 2
