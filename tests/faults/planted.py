@@ -18,6 +18,8 @@ class BadSamples:
     kind: str
     """``nan``: an odd rank puts out NaN in the second block; ``huge``: the step's loss and gradients are 1000 times too large."""
     dies_after_rewind: bool = False
+    saves_before: bool = False
+    """Before it dies, at the first step after the rewind."""
 
     def plant(self) -> None:
         from megastab.engine.train_step import Stepper
@@ -31,6 +33,8 @@ class BadSamples:
 
         def step(trainer: Trainer) -> Any:
             if self.dies_after_rewind and trainer.step < now["furthest"]:
+                if self.saves_before:
+                    trainer.save()
                 os._exit(9)
             train = trainer.data.train
             now["is_bad"] = any(int(sample) in self.samples for sample in train.skips.take(train.consumed, train.global_batch))

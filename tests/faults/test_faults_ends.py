@@ -64,6 +64,8 @@ def test_asked_to_stop_it_saves_leaves_and_goes_on_later(
     assert codes == [85, 85], text
     assert (run / "checkpoints" / "latest").read_text() == f"step{stopped_at:08d}" and not (run / "lock").exists()
     assert f"step {stopped_at}: stop: {name}: saved, and left" in text and "Traceback" not in text
+    saved = [json.loads(line)["step"] for line in (run / "events.jsonl").read_text().splitlines() if '"save"' in line]
+    assert saved == sorted({*range(3, stopped_at + 1, 3), stopped_at})  # none twice
     assert ("evaluation of this step was left out" in text) == (method == "evaluate")
     codes, text = run_to_its_end(config, tmp_path / "second.log")
     assert codes == [0, 0] and f"at step {stopped_at}," in text, text
@@ -196,3 +198,22 @@ def test_the_launcher_hands_the_exit_code_on(config_file: Path, tmp_path: Path) 
     done = launch("--deepspeed_config", str(config_file), script="tests/faults/asked_to_stop.py", timeout=180)
     assert done.code == 85 and "SIGTERM: saved, and left" in done.text and "Traceback" not in done.text, done.text
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step00000002"
+
+
+def leave_while_signals_come() -> None:
+    """On a rank: the run is saved, and launchers go on sending."""
+    import signal
+
+    from megastab.engine.signals import StopRequest
+
+    stop = StopRequest()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.asked == "SIGUSR1" and stop.poll()
+        stop.saved()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_once_it_is_saved_no_signal_changes_the_exit_code(tmp_path: Path) -> None:
+    job = start_job(1, tmp_path / "log", leave_while_signals_come)
+    assert job.codes(40) == [0], job.log.read_text()

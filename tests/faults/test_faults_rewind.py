@@ -90,6 +90,26 @@ def test_a_crash_right_after_the_rewind_forgets_nothing(tmp_path: Path) -> None:
     assert same(again, expected) and len(json.loads((crashed / "skips.json").read_text())["rewinds"]) == 1
 
 
+def test_a_checkpoint_takes_the_list_into_another_folder(tmp_path: Path) -> None:
+    first, second, clean, layout = tmp_path / "first", tmp_path / "second", tmp_path / "clean", Layout(1)
+    fault = BadSamples(BAD, "huge", dies_after_rewind=True, saves_before=True)
+    with pytest.raises(RankFailed):
+        run_ranks(1, train_synthetic, config_for(first, layout, run__save_interval=1), fault)
+    origin = str(first / "checkpoints" / "step00000003")
+    run_ranks(1, train_synthetic, config_for(second, layout, run__resume=origin), BadSamples(BAD, "huge"))
+    run_ranks(1, train_synthetic, config_for(clean, layout, data__skip=[LEFT_OUT]), BadSamples(NOTHING, "huge"))
+    assert curve(second) == curve(clean)[3:] and events(second, "rewind") == []
+
+
+def test_events_name_the_samples_of_a_step_with_gaps(tmp_path: Path) -> None:
+    policy = {"rewind_after": None}
+    config = config_for(tmp_path, Layout(1), data__skip=[[50, 51], [26, 28], [40, 41]], stability__policy=policy)
+    run_ranks(1, train_synthetic, config, BadSamples(range(42, 56), "huge"))
+    told = {event["step"]: event for event in events(tmp_path, "loss_spike")}
+    assert (told[4]["samples"], told[4]["left_out"]) == ([39, 54], [[40, 41], [50, 51]])
+    assert told[5]["samples"] == [55, 66] and "left_out" not in told[5]
+
+
 def test_a_run_that_gets_no_further_ends(tmp_path: Path) -> None:
     config = config_for(tmp_path, Layout(1), stability__policy={"max_rewinds": 2})
     with pytest.raises(RankFailed, match="TrainingEnded: training stopped: .* after 2 rewinds without a step beyond the furthest"):

@@ -116,3 +116,17 @@ def test_a_training_curve_with_noise_has_no_outliers(seed: int) -> None:
 def test_no_threshold_means_no_outliers() -> None:
     spikes = LossSpikes(None)
     assert not any(spikes.observe(loss) for loss in [1.0] * 100 + [1e6])
+
+
+def test_after_going_back_bad_steps_are_counted_from_none() -> None:
+    table, saved = policy(rewind_after=2), policy()
+    saved.at_norm(math.inf, BAD)
+    saved.after_step(1, 2.0)
+    for step in (2, 3):
+        table.at_norm(math.inf, BAD)
+        verdict = table.after_step(step, 2.0)
+    assert verdict.rewind
+    met = table.num_nonfinite
+    table.load_state_dict(saved.state_dict())
+    table.forget_bad_steps(met)
+    assert (table.nonfinite_in_a_row, table.bad_in_a_row, table.first_bad_step, table.num_nonfinite) == (0, 0, None, 2)
