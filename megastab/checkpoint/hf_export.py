@@ -24,7 +24,7 @@ from megastab.checkpoint.hf_names import Home, homes_of, shape_of, tenants_of
 from megastab.checkpoint.hf_tokenizer import FOLDER as TOKENIZER
 from megastab.checkpoint.hf_tokenizer import GENERATION, export_tokenizer
 from megastab.checkpoint.init_from import Start, open_start
-from megastab.checkpoint.safetensors_file import Entry, write_file
+from megastab.checkpoint.tensor_file import Planned, write_tensors
 from megastab.checkpoint.weight_source import VOCABULARY, stored_dtype
 from megastab.config.errors import UserError
 from megastab.config.schema import ModelConfig
@@ -127,7 +127,7 @@ def _check_whole(start: Start, homes: dict[str, Home]) -> None:
 def write_shards(start: Start, homes: dict[str, Home], folder: Path, max_shard_bytes: int) -> None:
     """One ``model.safetensors``, or shards and the index of them."""
     tenants = tenants_of(homes)
-    entries = {tensor: _entry(start, homes, names) for tensor, names in tenants.items()}
+    entries = {tensor: _planned(tensor, start, homes, names) for tensor, names in tenants.items()}
 
     def tensor_of(tensor: str) -> Tensor:
         parts = [start.source.rows(name, 0, homes[name].rows) for name in tenants[tensor]]  # rows beyond are padding
@@ -137,21 +137,21 @@ def write_shards(start: Start, homes: dict[str, Home], folder: Path, max_shard_b
     shards = _shards(entries, max_shard_bytes)
     names = [WHOLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, {tensor: entries[tensor] for tensor in shard}, tensor_of, {"format": "pt"})
+        write_tensors(folder / name, [entries[tensor] for tensor in shard], map(tensor_of, shard), {"format": "pt"})
     if len(shards) > 1:
         where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(entry.num_bytes for entry in entries.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _entry(start: Start, homes: dict[str, Home], names: list[str]) -> Entry:
+def _planned(tensor: str, start: Start, homes: dict[str, Home], names: list[str]) -> Planned:
     dtypes = {start.source.dtype(name) for name in names}
     if len(dtypes) > 1:
         raise UserError(f"{start.path}: {', '.join(names)} have different dtypes, and are one tensor of Hugging Face")
-    return Entry.of(dtypes.pop(), shape_of([homes[name] for name in names]))
+    return Planned(tensor, dtypes.pop(), shape_of([homes[name] for name in names]))
 
 
-def _shards(entries: dict[str, Entry], max_shard_bytes: int) -> list[list[str]]:
+def _shards(entries: dict[str, Planned], max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = []
     room = -math.inf
     for tensor, entry in entries.items():

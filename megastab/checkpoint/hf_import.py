@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megastab.checkpoint.hf_files import HuggingFaceFiles
 from megastab.checkpoint.hf_tokenizer import FOLDER as TOKENIZER
 from megastab.checkpoint.hf_tokenizer import SENTENCEPIECE, copy_tokenizer
 from megastab.checkpoint.init_from import Start, open_hugging_face
-from megastab.checkpoint.safetensors_file import Entry, write_file
+from megastab.checkpoint.tensor_file import Planned, write_tensors
 from megastab.checkpoint.weight_source import WeightSource, stored_dtype
 from megastab.checkpoint.weights import FOLDER
 from megastab.config.errors import UserError
@@ -75,12 +74,10 @@ def import_model(folder: str | Path, out: str | Path, max_seq_len: int | None = 
 
 def write_weights(source: WeightSource, path: Path) -> None:
     """All of a source as one weights file of ours, a matrix at a time."""
-    entries = {name: Entry.of(source.dtype(name), source.shape(name)) for name in source.names()}
-
-    def whole(name: str) -> Tensor:
-        return source.rows(name, 0, source.shape(name)[0])
-
-    write_file(path, entries, whole, {"starts": json.dumps(dict.fromkeys(entries, 0))})
+    names = source.names()
+    whole = (source.rows(name, 0, source.shape(name)[0]) for name in names)
+    starts = json.dumps(dict.fromkeys(names, 0))
+    write_tensors(path, [Planned(name, source.dtype(name), source.shape(name)) for name in names], whole, {"starts": starts})
 
 
 def _usable_tokenizer(folder: Path, start: Start) -> tuple[str | None, list[str]]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megastab.checkpoint.tensor_file import Entry
+from megastab.checkpoint.tensor_file import Planned
 from megastab.parallel.grid import Grid
 from megastab.parallel.ownership import counts_here
 from megastab.parallel.param_info import Part, info_of
@@ -56,7 +56,7 @@ class Share:
     file: str
     """Path in the checkpoint's folder; empty where this rank has nothing to write and only takes part."""
     tensors: Iterator[Tensor]
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Planned] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -81,7 +81,7 @@ def owned(adapter: Adapter, grid: Grid) -> Iterator[Fragment]:
 
 def states_share(adapter: Adapter, grid: Grid, rank: int) -> Share:
     """Masters and moments. In fp32 the weights are the masters, and are written as weights only (ZeRO-3 would have to gather them)."""
-    state, tensors, entries, pieces = OptimizerState(adapter), list[Tensor](), list[Entry](), list[Piece]()
+    state, tensors, entries, pieces = OptimizerState(adapter), list[Tensor](), list[Planned](), list[Piece]()
     for fragment in owned(adapter, grid):
         held = dict(state.tensors(fragment))
         if fragment.copy.dtype != fragment.master.dtype or adapter.partitions_weights:
@@ -89,7 +89,7 @@ def states_share(adapter: Adapter, grid: Grid, rank: int) -> Share:
         name, first, length = fragment.part.name, first_of(fragment), fragment.master.numel()
         pieces.append(Piece(name, size_of(fragment), first, length, sorted(held), state.scalars(fragment)))
         for kind, values in sorted(held.items()):
-            entries.append(Entry(key_of(kind, name, first), values.dtype, (length,)))
+            entries.append(Planned(key_of(kind, name, first), values.dtype, (length,)))
             tensors.append(values)
     return Share(f"{STATES}/rank{rank:04d}.safetensors", iter(tensors), entries, pieces)
 
@@ -109,7 +109,7 @@ def weights_share(module: nn.Module, grid: Grid) -> Share:
             for part in _parts(parameter):
                 width = prod(trailing)
                 starts[part.name] = part.start
-                share.entries.append(Entry(part.name, parameter.dtype, (part.rows, *trailing)))
+                share.entries.append(Planned(part.name, parameter.dtype, (part.rows, *trailing)))
                 share.pieces.append(Piece(part.name, part.global_rows * width, part.start * width, part.rows * width, [WEIGHT], {}))
         share.metadata["starts"] = json.dumps(starts)
     return share

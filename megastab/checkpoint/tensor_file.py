@@ -1,6 +1,6 @@
 """Writing a safetensors file tensor by tensor: no more than one in memory, the checksum on the way, and OSErrors as they are.
 
-The format (huggingface/safetensors): 8 bytes of little-endian header length, a JSON header, the tensors' bytes one after another.
+``safetensors.torch.save_file`` wants all of them at once. The format stands in ``checkpoint.safetensors_file``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import IO
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+from megastab.checkpoint.safetensors_file import NAMES
+
 CHUNK = 1 << 23  # bytes read at a time
 
 
 @dataclass(frozen=True)
-class Entry:
+class Planned:
     """One tensor of a file, before it is there."""
 
     key: str
@@ -44,7 +45,7 @@ class Seal:
     """CRC-32: finds every flipped bit and burst up to 32 bits, at memory speed. It is no protection against intent."""
 
 
-def write_tensors(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> Seal:
+def write_tensors(path: Path, entries: Sequence[Planned], tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> Seal:
     """Write ``tensors``, in the order of ``entries``, and have them on the disk on return.
 
     Raises:
@@ -63,11 +64,11 @@ def write_tensors(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
     return Seal(size, checksum)
 
 
-def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+def _header(entries: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
     for entry in entries:
-        table[entry.key] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [at, at + entry.num_bytes]}
+        table[entry.key] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [at, at + entry.num_bytes]}
         at += entry.num_bytes
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
