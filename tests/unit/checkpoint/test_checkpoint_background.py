@@ -47,7 +47,7 @@ def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if line["kind"] in kinds]
 
 
-@pytest.mark.parametrize("name", ["zero3", "bf16"])
+@pytest.mark.parametrize("name", ["zero3", "zero3-bf16-tp2", "bf16"])
 def test_checkpoint_written_in_the_background_is_that_written_at_once(name: str, tmp_path: Path) -> None:
     world = CASES[name][0].world
     run_ranks(world, slow_train, config_for(name, tmp_path / "run", run__async_save=True))
