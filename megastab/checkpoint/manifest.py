@@ -57,7 +57,7 @@ class Manifest:
 
     def write(self, tag_folder: Path) -> None:
         """Write into the checkpoint's folder, last of all its files."""
-        values = asdict(self)
+        values = json.loads(json.dumps(asdict(self)))  # as they will be read: keys are text
         write_text(tag_folder / FILE, json.dumps({**values, "checksum": _checksum(values)}, indent=2) + "\n")
 
     @classmethod

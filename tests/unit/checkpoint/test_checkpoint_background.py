@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from megastab.checkpoint import store, verify
+from tests import jobs
+from tests.layouts import SINGLE, config_of
 from tests.ranks import RankFailed, run_ranks
 from tests.unit.checkpoint.test_checkpoint_resume import CASES, HALF, WHOLE, config_for, curve, runs, train
 
@@ -47,7 +49,7 @@ def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if line["kind"] in kinds]
 
 
-@pytest.mark.parametrize("name", ["zero3", "bf16"])
+@pytest.mark.parametrize("name", ["zero3", "zero3-bf16-tp2", "bf16"])
 def test_checkpoint_written_in_the_background_is_that_written_at_once(name: str, tmp_path: Path) -> None:
     world = CASES[name][0].world
     run_ranks(world, slow_train, config_for(name, tmp_path / "run", run__async_save=True))
@@ -57,6 +59,24 @@ def test_checkpoint_written_in_the_background_is_that_written_at_once(name: str,
         assert here == there
     assert [event["step"] for event in events(tmp_path / "run", "save")] == [HALF, WHOLE]
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+def overtaken(folder: str) -> list[Any]:
+    """On a rank: what is training's own goes on changing while the thread has not begun to write."""
+    from megastab.checkpoint.manifest import Manifest
+    from megastab.checkpoint.saver import Saver
+
+    slow_writes(0.5)
+    job, history = jobs.start(config_of(SINGLE)), [1.0]
+    saver = Saver(job.built.adapter, job.grid, Path(folder), in_background=True)
+    assert saver.save(Manifest.of(job.config, 1, 0, stability={"history": history})) == []
+    history.append(2.0)
+    (ended,) = saver.finish()
+    return [ended.failure, Manifest.read(ended.where).stability["history"], saver.poll(), saver.finish()]
+
+
+def test_statistics_that_go_on_changing_are_kept_as_they_were(tmp_path: Path) -> None:
+    assert run_ranks(1, overtaken, str(tmp_path)) == [["", [1.0], [], []]]
 
 
 def cramped(config: dict[str, Any], bad_step: int, place: tuple[int, str]) -> Any:

@@ -125,3 +125,13 @@ def test_old_ones_go_and_multiples_stay(tmp_path: Path, kept: Path) -> None:
         shutil.copytree(kept / NEWEST, tmp_path / "run" / store.tag_of(step))
     store._prune(tmp_path / "run", store.tag_of(8), keep_last=2, keep_every=4)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [store.tag_of(step) for step in (4, 6, 8, 9)]
+
+
+def test_checkpoint_of_an_older_format_is_refused_and_not_called_damaged(kept: Path) -> None:
+    path = kept / NEWEST / manifest.FILE
+    asked, older = wanted(kept), json.loads(path.read_text())
+    path.write_text(
+        json.dumps({key: older[key] for key in ("step", "consumed", "model", "layout", "tokenizer", "stability")} | {"format": 1})
+    )
+    with pytest.raises(UserError, match="is of format 1 "):
+        store.find("auto", kept, asked)

@@ -29,6 +29,12 @@ def test_manifest_survives_its_file(tmp_path: Path) -> None:
     assert Manifest.read(tmp_path) == a_manifest()
 
 
+def test_manifest_may_hold_what_json_writes_otherwise(tmp_path: Path) -> None:
+    replace(a_manifest(), stability={"by_layer": {10: 1.0, 9: float("nan")}, "pair": (1, 2)}).write(tmp_path)
+    read = Manifest.read(tmp_path).stability
+    assert list(read["by_layer"]) == ["10", "9"] and read["pair"] == [1, 2]
+
+
 def test_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a megastab checkpoint .*set megastab.run.resume"):
         Manifest.read(tmp_path)
