@@ -37,10 +37,10 @@ def fill(adapter: Adapter, folder: Path) -> None:
 
 
 @torch.no_grad()
-def snapshot(adapter: Adapter) -> dict[str, Any]:
-    """A copy of everything :func:`restore` needs, where the masters are: this rank's own, for the same engine."""
+def snapshot(adapter: Adapter, device: str | None = None) -> dict[str, Any]:
+    """A copy of everything :func:`restore` needs, on ``device`` or where the masters are: this rank's own, for the same engine."""
     state = OptimizerState(adapter)
-    held = [(_clones({"master": f.master, **state.tensors(f)}), state.scalars(f)) for f in adapter.fragments()]
+    held = [(_clones({"master": f.master, **state.tensors(f)}, device), state.scalars(f)) for f in adapter.fragments()]
     return {"fragments": held, "scalars": scalar_state(adapter)}
 
 
@@ -59,5 +59,5 @@ def restore(adapter: Adapter, kept: dict[str, Any]) -> None:
     load_scalar_state(adapter, kept["scalars"])
 
 
-def _clones(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: values.detach().clone() for name, values in tensors.items()}
+def _clones(tensors: dict[str, Tensor], device: str | None) -> dict[str, Tensor]:
+    return {name: values.detach().to(device or values.device, copy=True) for name, values in tensors.items()}

@@ -94,6 +94,11 @@ class PolicyConfig(Section):
     checkpoint and leave out the samples of the bad steps; ``null``: never."""
     max_rewinds: PositiveInt = 3
     """Rewinds without a step beyond the furthest one before them, one more of which ends the run (exit code 86)."""
+    snapshots: NonNegativeInt = 0
+    """Copies of weights and optimizer to keep in host memory (12 bytes a parameter of a rank's share, with Adam), which a rewind goes back
+    to where the newest checkpoint is older; 0: none."""
+    snapshot_interval: PositiveInt = 100
+    """Steps between them."""
 
 
 class TVRConfig(Section):

@@ -1,4 +1,4 @@
-"""Going back to the last good checkpoint, and what a run leaves out since: ``skips.json`` in the run folder.
+"""Going back to the last good checkpoint or copy in memory, and what a run leaves out since: ``skips.json`` in the run folder.
 
 The file is written the moment a run goes back, after the checkpoints of the steps taken back are gone: a crash before it meets the same
 samples again and goes back again; a crash after it knows what to leave out. Reading it twice, or beside a checkpoint that knows of it,
@@ -97,7 +97,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def rewind(trainer: Trainer, verdict: Verdict) -> None:
-    """Go back to the last good checkpoint and leave out the samples of the bad steps (collective over the job).
+    """Go back to the last good checkpoint or copy in memory and leave out the samples of the bad steps (collective over the job).
 
     Raises:
         TrainingEnded: the run has gone back too often without getting any further.
@@ -110,20 +110,31 @@ def rewind(trainer: Trainer, verdict: Verdict) -> None:
     damaged: list[str] = []
     good = store.newest_before(trainer.checkpoints, verdict.first_bad_step, damaged.append)
     trainer.tell([Event(trainer.step, "warning", said) for said in damaged])
-    if good is None:
+    held = trainer.snapshots.newest_before(verdict.first_bad_step)
+    if good is None and held is None:
         if not rewinds.has_said_no_checkpoint:
             why = f"{verdict.rewind}, and there is no checkpoint before them to go back to: the run goes on"
             trainer.tell([Event(trainer.step, "warning", why, {"samples": list(samples)})])
         rewinds.has_said_no_checkpoint = True
         return
     _end_if_in_vain(trainer, verdict)
-    taken = Rewind(trainer.step, Manifest.read(good).step, samples, verdict.rewind)
-    if folder.is_writer:
+    from_step = trainer.step
+    if held is not None and (good is None or held.manifest.step >= Manifest.read(good).step):
+        manifest, where = trainer.restore(held), f"the copy in memory of step {held.manifest.step}"
+    else:
+        assert good is not None
+        manifest, where = trainer.load(good), good.name
+    go_back(trainer.built.controller, manifest.stability)
+    if good is None:  # a crash from here on must find a checkpoint, and none of the bad steps
+        trainer.save()
+        trainer.tell_saved(trainer.saver.finish())
+        good = trainer.checkpoints / store.tag_of(manifest.step)
+    if folder.is_writer and good.exists():
         store.go_back(good)
+    taken = Rewind(from_step, manifest.step, samples, verdict.rewind)
     rewinds.add(taken, folder.is_writer)
-    trainer.forget_after(taken.to_step)
-    trainer.tell([taken.event(good.name)])
-    go_back(trainer.built.controller, trainer.load(good).stability)
+    trainer.forget_after(manifest.step)
+    trainer.tell([taken.event(where)])
     trainer.leave_out(rewinds.skips)
 
 

@@ -22,6 +22,7 @@ from megastab.engine.replay import replay
 from megastab.engine.rewind import Rewinds, rewind
 from megastab.engine.run_lock import RunLock, lock_folder
 from megastab.engine.signals import StopRequest
+from megastab.engine.snapshots import Snapshot, Snapshots
 from megastab.engine.train_step import Stepper
 from megastab.engine.watch import watching
 from megastab.model.counts import flops_per_token, num_parameters
@@ -73,6 +74,7 @@ class Trainer:
         """What rewinds have left out, here and in the run this one goes on from."""
         self.built: Built = build(config, grid, is_new=self.origin is None)
         self.engine: Any = self.built.engine
+        self.snapshots = Snapshots(config.megastab.stability.policy, self.built.adapter)
         self.saver = Saver(self.built.adapter, grid, self.checkpoints, run.keep_last, run.keep_every, in_background=run.async_save)
         self.stepper = Stepper(self.engine, config, grid)
         self.built.controller.read_loss = self.stepper.loss_at_norm
@@ -137,9 +139,20 @@ class Trainer:
         """Weights, optimizer and position of a checkpoint (collective over the job)."""
         self.heart.beat(self.step, "loading")
         manifest = store.load(self.built.adapter, where)
-        self.step, self.data.train.consumed = manifest.step, manifest.consumed
+        self._stand_at(manifest)
         self._saved_step = self.step
         return manifest
+
+    def restore(self, snapshot: Snapshot) -> Manifest:
+        """The same of a copy in memory."""
+        manifest = self.snapshots.restore(snapshot)
+        self._stand_at(manifest)
+        self._saved_step = 0  # this very state is on no disk
+        return manifest
+
+    def _stand_at(self, manifest: Manifest) -> None:
+        self.step, self.data.train.consumed = manifest.step, manifest.consumed
+        self.snapshots.forget_after(self.step)
 
     def leave_out(self, more: Skips) -> None:
         """From here on, without these samples."""
@@ -167,6 +180,7 @@ class Trainer:
             self.tell_saved(self.saver.poll())
             if self.step < record.step:
                 continue  # it went back
+            self.snapshots.keep(self.step, self.built.controller.policy.bad_in_a_row == 0, self.manifest)
             is_last = self.step == total
             if self.step % run.log_interval == 0 or is_last or self.step == 1:
                 self.folder.say(console_line(record, total, extra))

@@ -75,6 +75,27 @@ def test_a_rewound_run_is_the_run_that_left_the_samples_out(layout: Layout, opti
     assert manifest["skips"] == [LEFT_OUT] and manifest["consumed"] == 12 * (STEPS + 2)
 
 
+@pytest.mark.parametrize("save_interval", [2, None], ids=["checkpoint before", "no checkpoint"])
+@pytest.mark.parametrize(
+    ("layout", "dtype", "kind"),
+    [(Layout(2, zero=2), "bf16", "nan"), pytest.param(Layout(2, pp=2, accumulation=2), "fp32", "huge", marks=pytest.mark.long)],
+    ids=["zero2-bf16", "pp2"],
+)
+def test_a_copy_in_memory_is_as_good_as_a_checkpoint(
+    layout: Layout, dtype: str, kind: str, save_interval: int | None, tmp_path: Path
+) -> None:
+    rewound, clean, policy = tmp_path / "rewound", tmp_path / "clean", {"snapshots": 2, "snapshot_interval": 1}
+    config = config_for(rewound, layout, dtype, stability__policy=policy, run__save_interval=save_interval)
+    found = run_ranks(layout.world, train_synthetic, config, BadSamples(BAD, kind))
+    skipping = config_for(clean, layout, dtype, data__skip=[LEFT_OUT])
+    expected = run_ranks(layout.world, train_synthetic, skipping, BadSamples(NOTHING, kind))
+    assert curve(rewound) == curve(clean) and same(found, expected)
+    (event,) = events(rewound, "rewind")
+    assert event["to_step"] == 3 and "went back to the copy in memory of step 3" in event["reason"]
+    saved = [each["step"] for each in events(rewound, "save") if not each.get("undone")]
+    assert saved == ([2, 4, 6, 8] if save_interval else [3, 8])  # where there was none to start from after a crash, one is made
+
+
 def test_a_crash_right_after_the_rewind_forgets_nothing(tmp_path: Path) -> None:
     crashed, clean, layout = tmp_path / "crashed", tmp_path / "clean", Layout(1)
     # Saved after every step: the checkpoint of the first bad one must be gone as well, or the resumed run would start from it.
