@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megastab.checkpoint.pieces import MASTER, WEIGHT, Piece, Share, key_of
+from megastab.checkpoint.safetensors_file import DTYPES
 from megastab.config.errors import UserError
 
 FILE = "index.json"
@@ -117,6 +118,11 @@ class Reader:
         if done != target.numel():
             raise UserError(f"{self.folder} holds {done} of elements {first} to {first + target.numel()} of {name} ({kind}): it is damaged")
 
+    def dtype(self, name: str, kind: str) -> torch.dtype:
+        """As stored."""
+        place = next(self.index.places(name, kind, 0, 1))
+        return DTYPES[self._held(place, name, kind).get_dtype()]
+
     def rounded(self, share: Share) -> Iterator[Tensor]:
         """The tensors of a share of weights, made from the masters: bit for bit what the ranks train with."""
         for entry, piece in zip(share.entries, share.pieces, strict=True):
@@ -125,10 +131,13 @@ class Reader:
             yield values.to(entry.dtype)
 
     def _values(self, place: Place, name: str, kind: str, first: int, length: int) -> Tensor:
-        if place.file not in self._files:
-            self._files[place.file] = safe_open(self.folder / place.file, framework="pt")  # mapped, not read
-        held = self._files[place.file].get_slice(key_of(kind, name, place.first))
+        held = self._held(place, name, kind)
         width = prod(held.get_shape()[1:])
         row, rest = divmod(first, width)
         values: Tensor = held[row : -(-(first + length) // width)]
         return values.reshape(-1).narrow(0, rest, length)
+
+    def _held(self, place: Place, name: str, kind: str) -> Any:
+        if place.file not in self._files:
+            self._files[place.file] = safe_open(self.folder / place.file, framework="pt")  # mapped, not read
+        return self._files[place.file].get_slice(key_of(kind, name, place.first))
