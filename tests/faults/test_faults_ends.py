@@ -104,7 +104,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on(
 
 @pytest.mark.long
 def test_thirty_random_moments(config: dict[str, Any], whole: dict[str, Any], tmp_path: Path) -> None:
-    """Prints a line each; kept in docs/faults.md."""
+    """Prints a line each; kept in docs/faults_kills.md."""
     expected, draw = uninterrupted(config, whole, tmp_path), random.Random(30)
     for number in range(30):
         method, steps = ("save", (3, 6)) if number % 3 == 0 else ("take_step", tuple(range(STEPS - 1)))
@@ -169,7 +169,7 @@ def ask_twice(again_seconds: float, stop_seconds: float | None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
+        time.sleep(4)
 
 
 def in_folder(folder: str, *args: Any) -> None:
