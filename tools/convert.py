@@ -29,45 +29,18 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from megastab.config.errors import UserError
+    from megastab.engine.convert import bring, reshard, send
 
+    of = vars(arguments)
     try:
-        {"import": bring, "export": send, "reshard": rewrite}[arguments.command](arguments)
+        if of["command"] == "import":
+            print(bring(of["folder"], of["out"], of["max_seq_len"]))
+        elif of["command"] == "export":
+            print(send(of["folder"], of["out"], of["max_shard_size"], of["tokenizer"], of["modeling_file"]))
+        else:
+            print(reshard(of["folder"], of["out"], of["files"]))
     except UserError as error:
         sys.exit(f"error: {error}")
-
-
-def bring(arguments: argparse.Namespace) -> None:
-    """From Hugging Face."""
-    from megastab.checkpoint.hf_import import FILL_IN, import_model
-
-    made = import_model(arguments.folder, arguments.out, arguments.max_seq_len)
-    print(f"{made.folder}: weights, tokenizer and config.json; give it your data where it says {FILL_IN}")
-    print("".join(f"  note: {note}\n" for note in made.notes), end="")
-
-
-def send(arguments: argparse.Namespace) -> None:
-    """To Hugging Face."""
-    from megastab.checkpoint.hf_export import bytes_of, export_model
-
-    checkpoint, size = checkpoint_of(arguments.folder), bytes_of(arguments.max_shard_size)
-    made = export_model(checkpoint, arguments.out, size, arguments.tokenizer, arguments.modeling_file)
-    print(f"{made.folder}: {made.kind}, from {checkpoint}; {made.said}")
-    print("".join(f"  note: {note}\n" for note in made.notes), end="")
-
-
-def rewrite(arguments: argparse.Namespace) -> None:
-    """Into other files."""
-    from megastab.checkpoint import reshard
-
-    made = reshard.rewrite(checkpoint_of(arguments.folder), Path(arguments.out), arguments.files)
-    print(f"{made}: go on from it at any layout with megastab.run.resume={made.parent}")
-
-
-def checkpoint_of(folder: str) -> Path:
-    """A run's newest checkpoint, or the one that is named."""
-    from megastab.engine.inference import find_checkpoint
-
-    return find_checkpoint(folder) if (Path(folder) / "checkpoints").is_dir() else Path(folder)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,12 @@ def find_checkpoint(run: str | Path, tag: str | None = None) -> Path:
     return folder / tag
 
 
+def checkpoint_of(run_or_checkpoint: str | Path) -> Path:
+    """A run's newest checkpoint, or the folder itself where it is no run's."""
+    path = Path(run_or_checkpoint)
+    return find_checkpoint(path) if (path / "checkpoints").is_dir() else path
+
+
 def load_for_inference(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Loaded:
     """The whole model of a checkpoint folder (``runs/NAME/checkpoints/step00000100``), in evaluation mode, on the accelerator.
 
