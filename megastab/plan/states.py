@@ -47,13 +47,10 @@ class States:
 
 def states(config: Config, stage: Stage) -> States:
     """One rank of ``stage``."""
-    kind = ("plain", "zero1", "zero2", "zero3")[config.zero_stage]
+    kind, size = wrapper_kind(config), weight_bytes(config)
     offloads = offload_device(config.deepspeed, "optimizer") != "none"
-    if config.precision == "bf16" and config.zero_stage == 1 and not offloads:
-        kind = "bf16"
-    size = FP32 if config.precision == "fp32" else 2
     dp, n = config.layout.data, stage.elements
-    groups = decay_groups(stage.weights, float(config.optimizer_params.get("weight_decay", 0.0)))
+    groups = decay_groups_of(config, stage)
     shares = [_share(group, dp, per_tensor=kind == "zero3") for group in groups]
     p = n if kind == "plain" else sum(shares)
     weights = size * n if kind != "zero3" else size * (p + _kept(config, stage.weights))
@@ -71,6 +68,30 @@ def states(config: Config, stage: Stage) -> States:
     return States(weights, gradients, masters, moments, buckets, workspace)
 
 
+def wrapper_kind(config: Config) -> str:
+    """``plain``, ``bf16``, ``zero1``, ``zero2`` or ``zero3``: which row of the table."""
+    offloads = offload_device(config.deepspeed, "optimizer") != "none"
+    if config.precision == "bf16" and config.zero_stage == 1 and not offloads:
+        return "bf16"
+    return ("plain", "zero1", "zero2", "zero3")[config.zero_stage]
+
+
+def weight_bytes(config: Config) -> int:
+    """Bytes of a weight as the layers use it."""
+    return FP32 if config.precision == "fp32" else 2
+
+
+def decay_groups_of(config: Config, stage: Stage) -> list[list[Weight]]:
+    """The optimizer's groups on one rank of ``stage``."""
+    return decay_groups(stage.weights, float(config.optimizer_params.get("weight_decay", 0.0)))
+
+
+def padded_elements(config: Config, stage: Stage) -> list[int]:
+    """Length of each decay group's flat tensor (BF16_Optimizer, ZeRO 1 and 2)."""
+    dp = config.layout.data
+    return [dp * _share(group, dp, per_tensor=False) for group in decay_groups_of(config, stage)]
+
+
 def _share(group: list[Weight], dp: int, per_tensor: bool) -> int:
     """Elements of a decay group one data-parallel rank owns, alignment included."""
     if per_tensor:
@@ -79,15 +100,20 @@ def _share(group: list[Weight], dp: int, per_tensor: bool) -> int:
     return -(-sum(weight.elements for weight in group) // unit) * NCCL_ALIGNMENT
 
 
-def _kept(config: Config, weights: tuple[Weight, ...]) -> int:
-    """Elements of the parameters ZeRO 3 never releases: the smallest ones, until the model's limit is reached."""
-    limit = _zero(config, "param_persistence_threshold", 100_000)
-    model_limit = _zero(config, "model_persistence_threshold", 2**63 - 1)
-    kept = 0
+def kept_whole(config: Config, weights: tuple[Weight, ...]) -> list[Weight]:
+    """The parameters ZeRO 3 never releases: the smallest ones, until the model's limit is reached."""
+    limit = zero_setting(config, "param_persistence_threshold", 100_000)
+    model_limit = zero_setting(config, "model_persistence_threshold", 2**63 - 1)
+    kept, total = [], 0
     for weight in weights:
-        if weight.elements <= limit and kept + weight.elements <= model_limit:
-            kept += weight.elements
+        if weight.elements <= limit and total + weight.elements <= model_limit:
+            kept.append(weight)
+            total += weight.elements
     return kept
+
+
+def _kept(config: Config, weights: tuple[Weight, ...]) -> int:
+    return sum(weight.elements for weight in kept_whole(config, weights))
 
 
 def _moments(config: Config) -> int:
@@ -103,10 +129,10 @@ def _buckets(config: Config, kind: str, groups: list[list[Weight]], n: int, size
         return FP32 * min(n, ALLREDUCE_ELEMENTS)
     if kind == "bf16":
         return FP32 * _copied_to_reduce([sum(w.elements for w in group) for group in groups])
-    bucket = int(_zero(config, "reduce_bucket_size", 500_000_000))
-    overlaps = bool(_zero(config, "overlap_comm", config.zero_stage == 3))
+    bucket = int(zero_setting(config, "reduce_bucket_size", 500_000_000))
+    overlaps = bool(zero_setting(config, "overlap_comm", config.zero_stage == 3))
     if kind == "zero3":
-        live = min(n, int(_zero(config, "max_live_parameters", 1_000_000_000)))
+        live = min(n, int(zero_setting(config, "max_live_parameters", 1_000_000_000)))
         return FP32 * bucket + size * live
     staged = size if kind == "zero2" else FP32  # ZeRO 2 stages low-precision gradients, ZeRO 1 the fp32 sums
     return staged * bucket * (2 if overlaps else 1)
@@ -122,7 +148,7 @@ def _copied_to_reduce(flat_groups: list[int]) -> int:
     return max(largest, sum(pending) if len(pending) > 1 else 0)
 
 
-def _zero(config: Config, key: str, default: float) -> float:
+def zero_setting(config: Config, key: str, default: float) -> float:
     """A ZeRO setting, under its own name or its ``stage3_`` alias."""
     aliased = read(config.deepspeed, f"zero_optimization.stage3_{key}")
     return aliased if aliased is not None else read(config.deepspeed, f"zero_optimization.{key}", default)
