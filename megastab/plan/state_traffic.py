@@ -19,10 +19,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megastab.config.config import Config
-from megastab.config.settings import read
 from megastab.plan.fetching import fetched
 from megastab.plan.parameters import Stage, Weight
-from megastab.plan.states import ALLREDUCE_ELEMENTS, FP32, decay_groups_of, kept_whole, padded_elements, weight_bytes, wrapper_kind
+from megastab.plan.states import (
+    ALLREDUCE_ELEMENTS,
+    FP32,
+    bucket_elements,
+    decay_groups_of,
+    kept_whole,
+    padded_elements,
+    weight_bytes,
+    wrapper_kind,
+)
 from megastab.plan.transfer import Group, Transfer, kv_copies
 
 
@@ -35,7 +43,7 @@ def state_traffic(config: Config, stage: Stage) -> Iterator[Transfer]:
         yield from _zero3(config, stage)
         return
     rounds = times if kind == "zero2" else 1
-    bucket = int(read(config.deepspeed, "zero_optimization.reduce_bucket_size") or 0) if config.zero_stage else ALLREDUCE_ELEMENTS
+    bucket = bucket_elements(config) if config.zero_stage >= 1 and kind != "bf16" else ALLREDUCE_ELEMENTS
     yield Transfer("gradients", "all_reduce", "data", FP32 * n * rounds, -(-n // bucket) * rounds)
     if kind != "plain":
         flat = sum(padded_elements(config, stage))
@@ -44,7 +52,7 @@ def state_traffic(config: Config, stage: Stage) -> Iterator[Transfer]:
 
 def _zero3(config: Config, stage: Stage) -> Iterator[Transfer]:
     dp, size, times = config.layout.data, weight_bytes(config), config.accumulation
-    bucket = int(read(config.deepspeed, "zero_optimization.reduce_bucket_size") or 0)
+    bucket = bucket_elements(config)
     whole = sum(_padded(weight, dp) for weight in stage.weights)
     yield Transfer("gradients", "reduce_scatter", "data", FP32 * whole * times, -(-whole // bucket) * times)
     kept = kept_whole(config, stage.weights)

@@ -129,13 +129,22 @@ def _buckets(config: Config, kind: str, groups: list[list[Weight]], n: int, size
         return FP32 * min(n, ALLREDUCE_ELEMENTS)
     if kind == "bf16":
         return FP32 * _copied_to_reduce([sum(w.elements for w in group) for group in groups])
-    bucket = int(zero_setting(config, "reduce_bucket_size", 500_000_000))
-    overlaps = bool(zero_setting(config, "overlap_comm", config.zero_stage == 3))
+    bucket = bucket_elements(config)
     if kind == "zero3":
         live = min(n, int(zero_setting(config, "max_live_parameters", 1_000_000_000)))
         return FP32 * bucket + size * live
     staged = size if kind == "zero2" else FP32  # ZeRO 2 stages low-precision gradients, ZeRO 1 the fp32 sums
-    return staged * bucket * (2 if overlaps else 1)
+    return staged * bucket * (2 if overlaps(config) else 1)
+
+
+def bucket_elements(config: Config) -> int:
+    """Elements ZeRO reduces at once."""
+    return int(zero_setting(config, "reduce_bucket_size", 500_000_000))
+
+
+def overlaps(config: Config) -> bool:
+    """Whether ZeRO reduces gradients while backward goes on (by default at stage 3 alone)."""
+    return bool(zero_setting(config, "overlap_comm", config.zero_stage == 3))
 
 
 def _copied_to_reduce(flat_groups: list[int]) -> int:
