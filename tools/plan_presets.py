@@ -55,7 +55,7 @@ def main() -> None:
     for name, *shape in SHAPES:
         for gpus in GPUS:
             cluster = replace(one, nodes=max(1, gpus // one.gpus_per_node))
-            found = search(spread(load_config(config_of(*shape), world_size=1), cluster), cluster)  # type: ignore[arg-type]
+            found = search(spread(load_config(config_of(*shape), world_size=1), cluster), cluster)
             row = cells(found.fitting[0]) if found.fitting else ["fits nowhere", *[""] * 8]
             print("| " + " | ".join([name, str(gpus), *row]) + " |", flush=True)
 
