@@ -49,6 +49,7 @@ def budget(config: Config, stage: Stage, cluster: Cluster) -> Budget:
         "activations": kept.peak - head,
         "logits and loss": head,
         "bucket buffers": held.buckets,
+        "gathered weights": held.gathered,
     }
     if held.step_workspace > sum(backward.values()):
         backward = {"step workspace": held.step_workspace}

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from megastab.config.config import Config
-from megastab.plan.parameters import Stage, Weight
-from megastab.plan.states import zero_setting
+from megastab.plan.parameters import Stage
+from megastab.plan.zero import kept_whole, zero_setting
 
 Use = tuple[str, ...]
 """Names of the weights of one layer that runs."""
@@ -41,6 +41,8 @@ class Coordinator:
     gathers: Counter[str] = field(default_factory=Counter)
     here: set[str] = field(default_factory=set)
     live: int = 0
+    peak: int = 0
+    """Elements whole at once, without those that always are."""
 
     def __post_init__(self) -> None:
         self.queue = [(name, step) for step, use in enumerate(self.uses) for name in use]
@@ -48,8 +50,8 @@ class Coordinator:
         self.counted_on: dict[str, int] = {}
         self.last_use: dict[tuple[str, int], int] = {}
 
-    def run(self) -> Counter[str]:
-        """Gathers by weight; every use is a layer's run, after which it is let go."""
+    def run(self) -> Coordinator:
+        """Itself, after a micro-batch; every use is a layer's run, after which its weights are let go."""
         for step, use in enumerate(self.uses):
             for name in use:
                 self._gather(name)
@@ -57,13 +59,14 @@ class Coordinator:
                     self._pass_over(name, step)
             self._prefetch()
             self._release(step, use)
-        return self.gathers
+        return self
 
     def _gather(self, name: str) -> None:
         if name not in self.here and name not in self.kept:
             self.gathers[name] += 1
             self.here.add(name)
             self.live += self.sizes[name]
+            self.peak = max(self.peak, self.live)
 
     def _pass_over(self, name: str, step: int) -> None:
         while self.place < len(self.queue) and self.queue[self.place][1] <= step:
@@ -94,15 +97,15 @@ class Coordinator:
             self.live -= self.sizes[name]
 
 
-def fetched(config: Config, stage: Stage, released: Sequence[Weight]) -> Counter[str]:
-    """Gathers of each of ``released`` in one micro-batch; the others are kept whole."""
+def fetched(config: Config, stage: Stage) -> Coordinator:
+    """The coordinator after one micro-batch: how often each weight was gathered, and how much was whole at once."""
     limits = Limits(
         int(zero_setting(config, "max_reuse_distance", 1_000_000_000)),
         int(zero_setting(config, "prefetch_bucket_size", 50_000_000)),
         int(zero_setting(config, "max_live_parameters", 1_000_000_000)),
     )
     sizes = {weight.name: weight.elements for weight in stage.weights}
-    kept = frozenset(sizes) - {weight.name for weight in released}
+    kept = frozenset(weight.name for weight in kept_whole(config, stage.weights))
     return Coordinator(sizes, kept, limits, uses(config, stage)).run()
 
 

@@ -37,7 +37,7 @@ class StagePlan:
     def peak(self) -> int:
         """Bytes on the device at the worst moment."""
         held, grads = self.states.weights + self.states.masters + self.states.moments, self.states.gradients
-        backward = self.activations.peak + self.states.buckets
+        backward = self.activations.peak + self.states.buckets + self.states.gathered
         return held + grads + max(backward, self.states.step_workspace)
 
 

@@ -25,9 +25,9 @@ from megastab.model.counts import block_matrices, flops_per_token
 from megastab.plan.activations import Shape
 from megastab.plan.cluster import Cluster
 from megastab.plan.parameters import Stage
-from megastab.plan.states import overlaps, wrapper_kind
 from megastab.plan.traffic import traffic
 from megastab.plan.transfer import Transfer, ranks_of
+from megastab.plan.zero import overlaps, wrapper_kind
 
 LATENCY = 5e-6
 """Seconds; small messages inside a node take a few microseconds a hop."""

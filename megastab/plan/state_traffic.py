@@ -21,17 +21,9 @@ from collections.abc import Iterator
 from megastab.config.config import Config
 from megastab.plan.fetching import fetched
 from megastab.plan.parameters import Stage, Weight
-from megastab.plan.states import (
-    ALLREDUCE_ELEMENTS,
-    FP32,
-    bucket_elements,
-    decay_groups_of,
-    kept_whole,
-    padded_elements,
-    weight_bytes,
-    wrapper_kind,
-)
+from megastab.plan.states import ALLREDUCE_ELEMENTS, decay_groups_of, padded_elements
 from megastab.plan.transfer import Group, Transfer, kv_copies
+from megastab.plan.zero import FP32, bucket_elements, kept_whole, weight_bytes, wrapper_kind
 
 
 def state_traffic(config: Config, stage: Stage) -> Iterator[Transfer]:
@@ -59,7 +51,7 @@ def _zero3(config: Config, stage: Stage) -> Iterator[Transfer]:
     released = [weight for weight in stage.weights if weight not in kept]
     if kept:
         yield Transfer("weights kept whole", "all_gather", "data", size * sum(_padded(w, dp) for w in kept), len(kept))
-    gathers = fetched(config, stage, released)
+    gathers = fetched(config, stage).gathers
     elements = sum(_padded(weight, dp) * gathers[weight.name] for weight in released)
     yield Transfer("weights as they are used", "all_gather", "data", size * elements * times, sum(gathers.values()) * times)
 

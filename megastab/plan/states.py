@@ -18,10 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megastab.config.config import Config
-from megastab.config.settings import offload_device, read
+from megastab.config.settings import offload_device
+from megastab.plan.fetching import fetched
 from megastab.plan.parameters import Stage, Weight, decay_groups
+from megastab.plan.zero import FP32, bucket_elements, kept_whole, overlaps, weight_bytes, wrapper_kind
 
-FP32 = 4
 # Moments of an optimizer, in fp32 copies of the parameters; one we do not know is taken for an Adam.
 MOMENTS = {"SGD": 0}
 ADAM_MOMENTS = 2
@@ -38,11 +39,13 @@ class States:
     masters: int
     moments: int
     buckets: int
-    """Communication buffers, alive during backward or reduction."""
+    """Communication buffers, alive during backward or reduction, and the copies a reduction makes of what is in them."""
     step_workspace: int
     """What exists only while the optimizer steps, when there are no activations."""
     host: int = 0
     """Masters, moments and gradient shares held in host memory by ``offload_optimizer``."""
+    gathered: int = 0
+    """Weights ZeRO 3 has gathered at once and lets go again."""
 
 
 def states(config: Config, stage: Stage) -> States:
@@ -60,25 +63,13 @@ def states(config: Config, stage: Stage) -> States:
     workspace = {"zero1": FP32 * max(shares), "zero2": FP32 * max(shares)}.get(kind, 0)
     if kind == "zero3" and size != FP32:
         workspace = FP32 * max(shares)
-    buckets = _buckets(config, kind, groups, n, size)
+    buckets = _buckets(config, kind, groups, stage, size)
+    gathered = size * fetched(config, stage).peak if kind == "zero3" else 0
     if offloads:
         # ZeRO 3 keeps its gradient partition on the host too; ZeRO 1 and 2 a pinned fp32 copy of it and a 16-bit one of the weights.
         device_gradients = 0 if kind == "zero3" else size * n if config.zero_stage == 1 else 0
-        return States(weights, device_gradients, 0, 0, buckets, 0, host=masters + moments + FP32 * p + size * p)
-    return States(weights, gradients, masters, moments, buckets, workspace)
-
-
-def wrapper_kind(config: Config) -> str:
-    """``plain``, ``bf16``, ``zero1``, ``zero2`` or ``zero3``: which row of the table."""
-    offloads = offload_device(config.deepspeed, "optimizer") != "none"
-    if config.precision == "bf16" and config.zero_stage == 1 and not offloads:
-        return "bf16"
-    return ("plain", "zero1", "zero2", "zero3")[config.zero_stage]
-
-
-def weight_bytes(config: Config) -> int:
-    """Bytes of a weight as the layers use it."""
-    return FP32 if config.precision == "fp32" else 2
+        return States(weights, device_gradients, 0, 0, buckets, 0, host=masters + moments + FP32 * p + size * p, gathered=gathered)
+    return States(weights, gradients, masters, moments, buckets, workspace, gathered=gathered)
 
 
 def decay_groups_of(config: Config, stage: Stage) -> list[list[Weight]]:
@@ -100,18 +91,6 @@ def _share(group: list[Weight], dp: int, per_tensor: bool) -> int:
     return -(-sum(weight.elements for weight in group) // unit) * NCCL_ALIGNMENT
 
 
-def kept_whole(config: Config, weights: tuple[Weight, ...]) -> list[Weight]:
-    """The parameters ZeRO 3 never releases: the smallest ones, until the model's limit is reached."""
-    limit = zero_setting(config, "param_persistence_threshold", 100_000)
-    model_limit = zero_setting(config, "model_persistence_threshold", 2**63 - 1)
-    kept, total = [], 0
-    for weight in weights:
-        if weight.elements <= limit and total + weight.elements <= model_limit:
-            kept.append(weight)
-            total += weight.elements
-    return kept
-
-
 def _kept(config: Config, weights: tuple[Weight, ...]) -> int:
     return sum(weight.elements for weight in kept_whole(config, weights))
 
@@ -121,8 +100,10 @@ def _moments(config: Config) -> int:
     return 1 if config.optimizer_type == "SGD" and config.optimizer_params.get("momentum") else copies
 
 
-def _buckets(config: Config, kind: str, groups: list[list[Weight]], n: int, size: int) -> int:
-    """Bytes of the buffers gradients are reduced in, and of the weights ZeRO 3 gathers."""
+def _buckets(config: Config, kind: str, groups: list[list[Weight]], stage: Stage, size: int) -> int:
+    """Bytes of the buffers gradients are reduced in. ZeRO flattens what a buffer holds once more to send it, and widens it to fp32; a
+    parameter larger than the buffer goes by itself."""
+    n = stage.elements
     if kind in ("plain", "bf16") and config.layout.data == 1:
         return 0  # nothing to reduce, and no copy made for it
     if kind == "plain":
@@ -130,21 +111,12 @@ def _buckets(config: Config, kind: str, groups: list[list[Weight]], n: int, size
     if kind == "bf16":
         return FP32 * _copied_to_reduce([sum(w.elements for w in group) for group in groups])
     bucket = bucket_elements(config)
+    sent = max(min(n, bucket), *(weight.elements for weight in stage.weights))
     if kind == "zero3":
-        live = min(n, int(zero_setting(config, "max_live_parameters", 1_000_000_000)))
-        return FP32 * bucket + size * live
+        return FP32 * (bucket + sent)
     staged = size if kind == "zero2" else FP32  # ZeRO 2 stages low-precision gradients, ZeRO 1 the fp32 sums
-    return staged * bucket * (2 if overlaps(config) else 1)
-
-
-def bucket_elements(config: Config) -> int:
-    """Elements ZeRO reduces at once."""
-    return int(zero_setting(config, "reduce_bucket_size", 500_000_000))
-
-
-def overlaps(config: Config) -> bool:
-    """Whether ZeRO reduces gradients while backward goes on (by default at stage 3 alone)."""
-    return bool(zero_setting(config, "overlap_comm", config.zero_stage == 3))
+    widened = 0 if staged == FP32 else FP32
+    return staged * bucket * (2 if overlaps(config) else 1) + (staged + widened) * sent
 
 
 def _copied_to_reduce(flat_groups: list[int]) -> int:
@@ -155,9 +127,3 @@ def _copied_to_reduce(flat_groups: list[int]) -> int:
         if sum(pending) > ALLREDUCE_ELEMENTS:
             largest, pending = max(largest, sum(pending) if len(pending) > 1 else 0), []
     return max(largest, sum(pending) if len(pending) > 1 else 0)
-
-
-def zero_setting(config: Config, key: str, default: float) -> float:
-    """A ZeRO setting, under its own name or its ``stage3_`` alias."""
-    aliased = read(config.deepspeed, f"zero_optimization.stage3_{key}")
-    return aliased if aliased is not None else read(config.deepspeed, f"zero_optimization.{key}", default)

@@ -18,8 +18,9 @@ from megastab.config.settings import read
 from megastab.plan.activations import FP32, INDEX, Shape
 from megastab.plan.parameters import Stage
 from megastab.plan.state_traffic import gradient_terms, state_traffic
-from megastab.plan.states import decay_groups_of, wrapper_kind
+from megastab.plan.states import decay_groups_of
 from megastab.plan.transfer import Group, Transfer, kv_copies
+from megastab.plan.zero import wrapper_kind
 
 DOUBLE = 8
 META_INTS = 256
