@@ -56,7 +56,7 @@ def states(config: Config, stage: Stage) -> States:
     groups = decay_groups_of(config, stage)
     shares = [_share(group, dp, per_tensor=kind == "zero3") for group in groups]
     p = n if kind == "plain" else sum(shares)
-    weights = size * n if kind != "zero3" else size * (p + _kept(config, stage.weights))
+    weights = size * n if kind != "zero3" else size * (p + (_kept(config, stage.weights) if dp > 1 else 0))
     masters = 0 if kind == "plain" else FP32 * p
     moments = FP32 * p * _moments(config)
     gradients = {"plain": FP32 * n, "bf16": FP32 * n, "zero1": FP32 * n}.get(kind, FP32 * p)
@@ -115,8 +115,12 @@ def _buckets(config: Config, kind: str, groups: list[list[Weight]], stage: Stage
     if kind == "zero3":
         return FP32 * (bucket + sent)
     staged = size if kind == "zero2" else FP32  # ZeRO 2 stages low-precision gradients, ZeRO 1 the fp32 sums
-    widened = 0 if staged == FP32 else FP32
-    return staged * bucket * (2 if overlaps(config) else 1) + (staged + widened) * sent
+    copies = staged if staged == FP32 else staged + FP32
+    if size == FP32 and config.layout.data == 1:
+        copies = 0  # one owner and nothing to widen: the buffer itself is handed on
+    # A pipeline's reduction allocates a buffer of its own beside the one that backward has left.
+    buffers = 2 if overlaps(config) or config.layout.pipeline > 1 else 1
+    return staged * bucket * buffers + copies * sent
 
 
 def _copied_to_reduce(flat_groups: list[int]) -> int:

@@ -85,6 +85,11 @@ def measure_engine(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def measure_engines(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One engine after another on the ranks of one job."""
+    return [measure_engine(arguments) for arguments in cases]
+
+
 class Buffers:
     """The largest sums of bytes seen in backward: buckets that stand, what a reduction makes beside them, and released weights."""
 
@@ -103,6 +108,7 @@ class Buffers:
         original = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            self._look()
             with PeakOfTensors() as seen:
                 result = original(*args, **kwargs)
             self.copies = max(self.copies, seen.peak)
