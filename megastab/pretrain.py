@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from megastab.config.errors import UserError
 from megastab.config.load import load_config
 from megastab.config.ranks import is_first
+from megastab.plan.command import add_arguments, report
 
 if TYPE_CHECKING:
     from megastab.config.config import Config
@@ -28,7 +29,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="pretrain.py", description="Pre-train GPT or LLaMA from one JSON.")
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the one JSON: DeepSpeed's keys and a megastab block")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would be and cost, and exit")
-    parser.add_argument("--world-size", type=int, default=None, help="ranks to plan for (with --dry-run)")
+    add_arguments(parser, when=" (with --dry-run)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's own
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -41,13 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, train; the exit code."""
     args = arguments(argv)
     try:
-        config = load_config(args.deepspeed_config, args.overrides, args.world_size if args.dry_run else None)
         if args.dry_run:
-            from megastab.plan.plan import plan
-            from megastab.plan.text import render
-
-            print(render(plan(config)))
+            print(report(args.deepspeed_config, args.overrides, args))
             return 0
+        if args.cluster is not None or args.search or args.nodes is not None:
+            raise UserError("--cluster, --nodes and --search plan a run and start none: add --dry-run.")
+        config = load_config(args.deepspeed_config, args.overrides)
     except UserError as error:
         if is_first():  # every rank reads the same file and finds the same fault
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""What a run would be and hold: ``python tools/plan.py configs/llama_7b.json --world-size 64 megastab.parallel.tensor=8``."""
+"""What a run would be and hold: ``python tools/plan.py configs/llama_7b.json --world-size 64 megastab.parallel.tensor=8``; with
+``--cluster h100 --nodes 16`` also what it would send and how long a step would take, and with ``--search`` the best layouts."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -12,24 +12,21 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is 
 
 
 def main() -> None:
-    """Command line over ``megastab.plan.plan``."""
+    """Command line over ``megastab.plan.command``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="the one JSON of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. zero_optimization.stage=3")
-    parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for (default: WORLD_SIZE, else 1)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    arguments = parser.parse_intermixed_args()
 
     from megastab.config.errors import UserError
-    from megastab.config.load import load_config
-    from megastab.plan.plan import plan
-    from megastab.plan.text import render
+    from megastab.plan.command import add_arguments, report
 
+    add_arguments(parser)
+    arguments = parser.parse_intermixed_args()
     try:
-        made = plan(load_config(arguments.config, arguments.overrides, arguments.world_size))
+        print(report(arguments.config, arguments.overrides, arguments, arguments.json))
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(made.to_json(), indent=2) if arguments.json else render(made))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,9 @@ def complete(deepspeed: dict[str, Any], megastab: Megastab) -> tuple[dict[str, A
     return completed, tuple(written)
 
 
+ACCELERATOR_BUCKET = 50_000_000
+"""Elements that gradients are reduced by where nobody says otherwise, but on a CPU."""
+
 PROMOTION_REASON = (
     "16-bit weights without ZeRO would run under DeepSpeed's FP16_Optimizer, whose norm is wrong under tensor parallelism and whose "
     "fp16 gradients are too small by the loss scale; stage 1 costs nothing at one data-parallel rank and saves memory at more"
@@ -121,7 +124,7 @@ def _just(value: Any) -> Callable[[dict[str, Any], Megastab], Any]:
 
 
 def _bucket(deepspeed: dict[str, Any], megastab: Megastab) -> int:
-    return 5_000_000 if is_cpu_run() else 50_000_000
+    return 5_000_000 if is_cpu_run() else ACCELERATOR_BUCKET
 
 
 _SLICED = "under sequence parallelism the payload is already a slice; DeepSpeed would cut it again and mix the slices of different ranks"

@@ -37,7 +37,7 @@ class StagePlan:
     def peak(self) -> int:
         """Bytes on the device at the worst moment."""
         held, grads = self.states.weights + self.states.masters + self.states.moments, self.states.gradients
-        backward = self.activations.peak + self.states.buckets
+        backward = self.activations.peak + self.states.buckets + self.states.gathered
         return held + grads + max(backward, self.states.step_workspace)
 
 
@@ -97,7 +97,7 @@ def plan(config: Config) -> Plan:
     Raises:
         UserError: the vocabulary is not known.
     """
-    config = _with_vocabulary(config)
+    config = with_vocabulary(config)
     model, layout = config.megastab.model, config.layout
     offloads = offload_device(config.deepspeed, "optimizer") != "none"
     return Plan(
@@ -121,7 +121,7 @@ def plan(config: Config) -> Plan:
     )
 
 
-def _with_vocabulary(config: Config) -> Config:
+def with_vocabulary(config: Config) -> Config:
     """The tokenizer's vocabulary where the config leaves it to the tokenizer."""
     if config.megastab.model.vocab_size is not None:
         return config

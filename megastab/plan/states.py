@@ -18,10 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megastab.config.config import Config
-from megastab.config.settings import offload_device, read
+from megastab.config.settings import offload_device
+from megastab.plan.fetching import fetched
 from megastab.plan.parameters import Stage, Weight, decay_groups
+from megastab.plan.zero import FP32, bucket_elements, kept_whole, overlaps, weight_bytes, wrapper_kind
 
-FP32 = 4
 # Moments of an optimizer, in fp32 copies of the parameters; one we do not know is taken for an Adam.
 MOMENTS = {"SGD": 0}
 ADAM_MOMENTS = 2
@@ -38,37 +39,48 @@ class States:
     masters: int
     moments: int
     buckets: int
-    """Communication buffers, alive during backward or reduction."""
+    """Communication buffers, alive during backward or reduction, and the copies a reduction makes of what is in them."""
     step_workspace: int
     """What exists only while the optimizer steps, when there are no activations."""
     host: int = 0
     """Masters, moments and gradient shares held in host memory by ``offload_optimizer``."""
+    gathered: int = 0
+    """Weights ZeRO 3 has gathered at once and lets go again."""
 
 
 def states(config: Config, stage: Stage) -> States:
     """One rank of ``stage``."""
-    kind = ("plain", "zero1", "zero2", "zero3")[config.zero_stage]
+    kind, size = wrapper_kind(config), weight_bytes(config)
     offloads = offload_device(config.deepspeed, "optimizer") != "none"
-    if config.precision == "bf16" and config.zero_stage == 1 and not offloads:
-        kind = "bf16"
-    size = FP32 if config.precision == "fp32" else 2
     dp, n = config.layout.data, stage.elements
-    groups = decay_groups(stage.weights, float(config.optimizer_params.get("weight_decay", 0.0)))
+    groups = decay_groups_of(config, stage)
     shares = [_share(group, dp, per_tensor=kind == "zero3") for group in groups]
     p = n if kind == "plain" else sum(shares)
-    weights = size * n if kind != "zero3" else size * (p + _kept(config, stage.weights))
+    weights = size * n if kind != "zero3" else size * (p + (_kept(config, stage.weights) if dp > 1 else 0))
     masters = 0 if kind == "plain" else FP32 * p
     moments = FP32 * p * _moments(config)
     gradients = {"plain": FP32 * n, "bf16": FP32 * n, "zero1": FP32 * n}.get(kind, FP32 * p)
     workspace = {"zero1": FP32 * max(shares), "zero2": FP32 * max(shares)}.get(kind, 0)
     if kind == "zero3" and size != FP32:
         workspace = FP32 * max(shares)
-    buckets = _buckets(config, kind, groups, n, size)
+    buckets = _buckets(config, kind, groups, stage, size)
+    gathered = size * fetched(config, stage).peak if kind == "zero3" else 0
     if offloads:
         # ZeRO 3 keeps its gradient partition on the host too; ZeRO 1 and 2 a pinned fp32 copy of it and a 16-bit one of the weights.
         device_gradients = 0 if kind == "zero3" else size * n if config.zero_stage == 1 else 0
-        return States(weights, device_gradients, 0, 0, buckets, 0, host=masters + moments + FP32 * p + size * p)
-    return States(weights, gradients, masters, moments, buckets, workspace)
+        return States(weights, device_gradients, 0, 0, buckets, 0, host=masters + moments + FP32 * p + size * p, gathered=gathered)
+    return States(weights, gradients, masters, moments, buckets, workspace, gathered=gathered)
+
+
+def decay_groups_of(config: Config, stage: Stage) -> list[list[Weight]]:
+    """The optimizer's groups on one rank of ``stage``."""
+    return decay_groups(stage.weights, float(config.optimizer_params.get("weight_decay", 0.0)))
+
+
+def padded_elements(config: Config, stage: Stage) -> list[int]:
+    """Length of each decay group's flat tensor (BF16_Optimizer, ZeRO 1 and 2)."""
+    dp = config.layout.data
+    return [dp * _share(group, dp, per_tensor=False) for group in decay_groups_of(config, stage)]
 
 
 def _share(group: list[Weight], dp: int, per_tensor: bool) -> int:
@@ -80,14 +92,7 @@ def _share(group: list[Weight], dp: int, per_tensor: bool) -> int:
 
 
 def _kept(config: Config, weights: tuple[Weight, ...]) -> int:
-    """Elements of the parameters ZeRO 3 never releases: the smallest ones, until the model's limit is reached."""
-    limit = _zero(config, "param_persistence_threshold", 100_000)
-    model_limit = _zero(config, "model_persistence_threshold", 2**63 - 1)
-    kept = 0
-    for weight in weights:
-        if weight.elements <= limit and kept + weight.elements <= model_limit:
-            kept += weight.elements
-    return kept
+    return sum(weight.elements for weight in kept_whole(config, weights))
 
 
 def _moments(config: Config) -> int:
@@ -95,21 +100,27 @@ def _moments(config: Config) -> int:
     return 1 if config.optimizer_type == "SGD" and config.optimizer_params.get("momentum") else copies
 
 
-def _buckets(config: Config, kind: str, groups: list[list[Weight]], n: int, size: int) -> int:
-    """Bytes of the buffers gradients are reduced in, and of the weights ZeRO 3 gathers."""
+def _buckets(config: Config, kind: str, groups: list[list[Weight]], stage: Stage, size: int) -> int:
+    """Bytes of the buffers gradients are reduced in. ZeRO flattens what a buffer holds once more to send it, and widens it to fp32; a
+    parameter larger than the buffer goes by itself."""
+    n = stage.elements
     if kind in ("plain", "bf16") and config.layout.data == 1:
         return 0  # nothing to reduce, and no copy made for it
     if kind == "plain":
         return FP32 * min(n, ALLREDUCE_ELEMENTS)
     if kind == "bf16":
         return FP32 * _copied_to_reduce([sum(w.elements for w in group) for group in groups])
-    bucket = int(_zero(config, "reduce_bucket_size", 500_000_000))
-    overlaps = bool(_zero(config, "overlap_comm", config.zero_stage == 3))
+    bucket = bucket_elements(config)
+    sent = max(min(n, bucket), *(weight.elements for weight in stage.weights))
     if kind == "zero3":
-        live = min(n, int(_zero(config, "max_live_parameters", 1_000_000_000)))
-        return FP32 * bucket + size * live
+        return FP32 * (bucket + sent)
     staged = size if kind == "zero2" else FP32  # ZeRO 2 stages low-precision gradients, ZeRO 1 the fp32 sums
-    return staged * bucket * (2 if overlaps else 1)
+    copies = staged if staged == FP32 else staged + FP32
+    if size == FP32 and config.layout.data == 1:
+        copies = 0  # one owner and nothing to widen: the buffer itself is handed on
+    # A pipeline's reduction allocates a buffer of its own beside the one that backward has left.
+    buffers = 2 if overlaps(config) or config.layout.pipeline > 1 else 1
+    return staged * bucket * buffers + copies * sent
 
 
 def _copied_to_reduce(flat_groups: list[int]) -> int:
@@ -120,9 +131,3 @@ def _copied_to_reduce(flat_groups: list[int]) -> int:
         if sum(pending) > ALLREDUCE_ELEMENTS:
             largest, pending = max(largest, sum(pending) if len(pending) > 1 else 0), []
     return max(largest, sum(pending) if len(pending) > 1 else 0)
-
-
-def _zero(config: Config, key: str, default: float) -> float:
-    """A ZeRO setting, under its own name or its ``stage3_`` alias."""
-    aliased = read(config.deepspeed, f"zero_optimization.stage3_{key}")
-    return aliased if aliased is not None else read(config.deepspeed, f"zero_optimization.{key}", default)

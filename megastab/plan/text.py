@@ -16,6 +16,7 @@ ROWS: tuple[tuple[str, Callable[[StagePlan], int]], ...] = (
     ("fp32 masters", lambda stage: stage.states.masters),
     ("optimizer moments", lambda stage: stage.states.moments),
     ("buckets", lambda stage: stage.states.buckets),
+    ("gathered weights", lambda stage: stage.states.gathered),
     ("activations (estimate)", lambda stage: stage.activations.peak),
     ("step workspace", lambda stage: stage.states.step_workspace),
     ("peak", lambda stage: stage.peak),

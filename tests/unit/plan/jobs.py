@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megastab.config.config import Config
 from megastab.config.load import load_config
+from tests.memory import PeakOfTensors
 
 
 def small_config(world: int = 1, arch: str = "llama", model: dict[str, Any] | None = None, **top: Any) -> Config:
@@ -65,6 +66,7 @@ def measure_engine(arguments: dict[str, Any]) -> dict[str, Any]:
     built.adapter.on_norm(lambda norm: gradients.append(held_bytes(_gradients(engine))))
     if not built.adapter.reduces_in_backward:
         before_reduction(built.adapter, lambda: gradients.append(held_bytes(_gradients(engine))))
+    buffers = Buffers(engine)
     tokens = torch.randint(0, 500, (config.micro_batch, model.max_seq_len), generator=torch.Generator().manual_seed(grid.dp.rank))
     batch = MicroBatch(tokens, tokens, torch.ones(tokens.shape), torch.arange(config.micro_batch), None)
     for _ in range(2):
@@ -76,9 +78,50 @@ def measure_engine(arguments: dict[str, Any]) -> dict[str, Any]:
         "gradients": max(gradients),
         "masters": held_bytes(_masters(engine)),
         "moments": sum(held_bytes([state]) for state in _moments(engine)),
+        "buckets": buffers.standing + buffers.copies,
+        "gathered": buffers.gathered,
         "wrapper": type(engine.optimizer).__name__,
         "bounds": getattr(engine.module, "parts", None),
     }
+
+
+def measure_engines(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One engine after another on the ranks of one job."""
+    return [measure_engine(arguments) for arguments in cases]
+
+
+class Buffers:
+    """The largest sums of bytes seen in backward: buckets that stand, what a reduction makes beside them, and released weights."""
+
+    def __init__(self, engine: Any):
+        self.engine, self.standing, self.copies, self.gathered = engine, 0, 0, 0
+        optimizer = engine.optimizer
+        for owner, name in ((optimizer, "allreduce_bucket"), (optimizer, "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads")):
+            if hasattr(owner, name):
+                self._wrap(owner, name)
+        if not hasattr(optimizer, "ipg_buckets"):
+            self._wrap(engine, "allreduce_bucket")
+        for parameter in engine.module.parameters():
+            parameter.register_hook(lambda gradient: self._look())
+
+    def _wrap(self, owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._look()
+            with PeakOfTensors() as seen:
+                result = original(*args, **kwargs)
+            self.copies = max(self.copies, seen.peak)
+            return result
+
+        setattr(owner, name, watched)
+
+    def _look(self) -> None:
+        buckets = getattr(self.engine.optimizer, "ipg_buckets", {}).values()
+        held = [t for bucket in buckets for t in (bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer])]
+        self.standing = max(self.standing, held_bytes(held))
+        released = [p.data for p in self.engine.module.parameters() if hasattr(p, "ds_tensor") and not p.ds_persist]
+        self.gathered = max(self.gathered, sum(held_bytes([p]) for p in released))
 
 
 def _weights(engine: Any) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from megastab.plan.parameters import stages
 from megastab.plan.plan import plan
 from megastab.plan.states import _copied_to_reduce
 from tests.ranks import run_ranks
-from tests.unit.plan.jobs import measure_engine, small_config
+from tests.unit.plan.jobs import measure_engine, measure_engines, small_config
 
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
 
@@ -57,6 +57,45 @@ def test_bytes_are_what_the_engine_holds(case: str) -> None:
         assert stage.parameters == measured["parameters"]
         for what in ("weights", "gradients", "masters", "moments"):
             assert getattr(stage.states, what) == pytest.approx(measured[what], rel=0.01), what
+
+
+BUCKET = {"reduce_bucket_size": 500_000}
+KEEPING = {"stage3_param_persistence_threshold": 5000, **BUCKET}
+USED_APART = {**KEEPING, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+# Every wrapper and width, alone and beside copies of the model. Engines of one job, so that it starts once.
+BUFFERED: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "none": {},
+        "none, alone": cut(2),
+        "bf16": {**BF16, **zero(1)},
+        "zero1": zero(1, **BUCKET),
+        "zero1 fp16": {**FP16, **zero(1, **BUCKET)},
+        "zero1 fp16, alone": {**FP16, **zero(1, **BUCKET), **cut(2)},
+        "zero1, stages alone": {**zero(1, **BUCKET), **cut(pipeline=2)},
+        "zero2": zero(2, **BUCKET),
+        "zero2, alone": {**zero(2, **BUCKET), **cut(2)},
+        "zero2 bf16": {**BF16, **zero(2, **BUCKET)},
+        "zero2 bf16 overlapping": {**BF16, **zero(2, overlap_comm=True, **BUCKET)},
+        "zero3": zero(3, **KEEPING),
+        "zero3 bf16": {**BF16, **zero(3, **USED_APART)},
+        "zero3 alone": {**BF16, **zero(3, **BUCKET), **cut(2)},
+        "zero3, bucket below a matrix": {**BF16, **zero(3, reduce_bucket_size=20_000)},
+    },
+    4: {"zero1 stages": {**zero(1, **BUCKET), **cut(pipeline=2)}, "bf16 stages": {**BF16, **zero(1), **cut(pipeline=2)}},
+}
+
+
+@pytest.mark.parametrize("world", BUFFERED)
+def test_buffers_are_what_a_reduction_holds(world: int) -> None:
+    cases, wrong = BUFFERED[world], {}
+    measured = run_ranks(world, measure_engines, list(cases.values()), timeout=300)
+    for rank in range(world):
+        for (name, arguments), seen in zip(cases.items(), measured[rank], strict=True):
+            states = plan(small_config(world, **arguments)).stages[seen["stage"]].states
+            for what in ("weights", "gradients", "masters", "moments", "buckets", "gathered"):
+                if getattr(states, what) != pytest.approx(seen[what], rel=0.01):
+                    wrong[name, rank, what] = (getattr(states, what), seen[what])
+    assert not wrong  # planned, measured
 
 
 def test_zero_divides_what_it_says_it_divides() -> None:

@@ -1,0 +1,119 @@
+"""How long a step would take on a cluster: arithmetic over the plan's FLOPs and bytes, not a measurement.
+
+Assumed, and printed beside every prediction:
+
+* products run at ``efficiency`` of the peak, recomputed ones included; the slowest stage sets the pace of all;
+* 1F1B: m micro-batches over p stages take m + p - 1 times the slowest stage's micro-batch;
+* a ring of k ranks moves (k - 1)/k of an all-gather's or a reduce-scatter's bytes through each link, twice that for an all-reduce, and
+  every call costs :data:`LATENCY` a doubling of its ranks;
+* ranks fill nodes in order, tensor fastest, then data, then pipeline: a group inside one node has its links, any other the network;
+* tensor-parallel and pipeline traffic is exposed, and so is what ZeRO 0 to 2 and BF16_Optimizer send at the end of a step; ZeRO 2 with
+  ``overlap_comm`` hides its reduction behind backward, ZeRO 3 all it sends but the kept weights behind the products, as far as these
+  last.
+
+Not in it: the update itself, data loading, evaluation and checkpoints, offload's copies, stragglers, contention between groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megastab.config.config import Config
+from megastab.config.vocab import padded_vocab
+from megastab.model.counts import block_matrices, flops_per_token
+from megastab.plan.activations import Shape
+from megastab.plan.cluster import Cluster
+from megastab.plan.parameters import Stage
+from megastab.plan.traffic import traffic
+from megastab.plan.transfer import Transfer, ranks_of
+from megastab.plan.zero import overlaps, wrapper_kind
+
+LATENCY = 5e-6
+"""Seconds; small messages inside a node take a few microseconds a hop."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one step on the slowest stage."""
+
+    compute: float
+    tensor: float
+    """Exposed traffic of tensor-parallel groups."""
+    pipeline: float
+    data: float
+    """Exposed traffic of data-parallel groups."""
+    bubble: float
+    flops_per_step: float
+    peak: float
+    """FLOP/s of all ranks."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return self.compute + self.tensor + self.pipeline + self.data + self.bubble
+
+    @property
+    def mfu(self) -> float:
+        """The model's FLOPs, recompute not counted, over what the ranks could have done (PaLM, appendix B)."""
+        return self.flops_per_step / (self.seconds * self.peak)
+
+
+def predict(config: Config, cluster: Cluster, stages: Sequence[Stage]) -> Prediction:
+    """One step of ``config``, whose layout fills the cluster.
+
+    Raises:
+        KeyError: the cluster says no peak for the precision.
+    """
+    rate = cluster.peak_tflops[config.precision] * 1e12
+    slowest = max((_stage(config, cluster, stage, rate * cluster.efficiency) for stage in stages), key=sum)
+    compute, tensor, pipeline, data = slowest
+    waits = (config.layout.pipeline - 1) / config.accumulation
+    total = flops_per_token(config.megastab.model) * config.tokens_per_step
+    return Prediction(compute, tensor, pipeline, data, (compute + tensor + pipeline) * waits, total, rate * config.layout.world)
+
+
+def _stage(config: Config, cluster: Cluster, stage: Stage, rate: float) -> tuple[float, float, float, float]:
+    forward, again = stage_flops(config, stage)
+    compute = config.accumulation * (3 * forward + again) / rate
+    spent = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0}
+    hidden = 0.0
+    for transfer in traffic(config, stage):
+        lasts = seconds_of(transfer, config, cluster)
+        if transfer.group == "data" and _is_hidden(config, transfer):
+            hidden += lasts
+        else:
+            spent[{"tensor": "tensor", "heads": "tensor", "data": "data"}.get(transfer.group, "pipeline")] += lasts
+    behind = compute if wrapper_kind(config) == "zero3" else compute * 2 / 3  # of three parts backward has two
+    return compute, spent["tensor"], spent["pipeline"], spent["data"] + max(0.0, hidden - behind)
+
+
+def _is_hidden(config: Config, transfer: Transfer) -> bool:
+    return config.zero_stage >= 2 and overlaps(config) and transfer.what in ("gradients", "weights as they are used")
+
+
+def stage_flops(config: Config, stage: Stage) -> tuple[float, float]:
+    """(forward, recomputed) FLOPs of one micro-batch on one rank."""
+    model, shape, recompute = config.megastab.model, Shape.of(config), config.megastab.parallel.recompute
+    attention = 2.0 * shape.seq * model.hidden_size * stage.num_blocks  # causal: half of all pairs
+    blocks = 2.0 * block_matrices(model) * stage.num_blocks + attention
+    head = 2.0 * padded_vocab(model.vocab_size or 0) * model.hidden_size if stage.has_head else 0.0
+    again = {"none": 0.0, "selective": attention, "full": blocks}[recompute]
+    each = shape.tokens / shape.tensor
+    return each * (blocks + head), each * again
+
+
+def seconds_of(transfer: Transfer, config: Config, cluster: Cluster) -> float:
+    """Of all calls, one after another."""
+    ranks = ranks_of(config, transfer.group)
+    link = (cluster.intra_gbps if is_inside_node(config, cluster, transfer.group) else cluster.inter_gbps) * 1e9 / 8
+    share = (ranks - 1) / ranks
+    factor = {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share}.get(transfer.kind, 1.0)
+    return transfer.bytes * factor / link + transfer.calls * LATENCY * (ranks - 1).bit_length()
+
+
+def is_inside_node(config: Config, cluster: Cluster, group: str) -> bool:
+    """Whether every group of this kind lies in one node."""
+    layout = config.layout
+    span = {"tensor": layout.tensor, "heads": layout.tensor, "data": layout.tensor * layout.data}.get(group, layout.world)
+    return cluster.gpus_per_node % span == 0

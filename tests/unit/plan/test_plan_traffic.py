@@ -1,0 +1,85 @@
+"""The plan's bytes on the wire against a log of what real ranks hand to their process groups: equal, not close."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from megastab.config.config import Config
+from megastab.config.load import load_config
+from megastab.plan.parameters import stages
+from megastab.plan.traffic import traffic
+from megastab.plan.transfer import kv_copies
+from tests.layouts import Layout, config_of
+from tests.ranks import run_ranks
+from tests.unit.plan.wire import Entry, steps_sent
+
+GATHERED: dict[str, Any] = {"stage3_param_persistence_threshold": 100}
+APART: dict[str, Any] = {**GATHERED, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+DROPOUT_GPT: dict[str, Any] = {"model": {"arch": "gpt", "dropout": 0.1, "tie_embeddings": True}, "data": {"document_mask": True}}
+
+ON_TWO: dict[str, dict[str, Any]] = {
+    "tp2": config_of(Layout(2, tp=2, accumulation=2)),
+    "tp2 full recompute": config_of(Layout(2, tp=2, recompute="full"), model={"num_kv_heads": 1, "qk_norm": "full", "sink": "kv_bias"}),
+    "tp2 sp": config_of(Layout(2, tp=2, sp=True, accumulation=2), model={"norm": "dyt", "qk_norm": "head"}),
+    "tp2 sp zero2": config_of(Layout(2, tp=2, sp=True, zero=2, recompute="full"), model={"arch": "gpt"}),
+    "pp2": config_of(Layout(2, pp=2, accumulation=3)),
+    "pp2 tied, side inputs": config_of(Layout(2, pp=2, accumulation=2), **DROPOUT_GPT),
+    "dp2": config_of(Layout(2, accumulation=2)),
+    "dp2 zero1": config_of(Layout(2, zero=1, accumulation=2)),
+    "dp2 zero2": config_of(Layout(2, zero=2, accumulation=2), dtype="bf16"),
+    "dp2 zero3": config_of(Layout(2, zero=3, accumulation=2), data={"document_mask": True}),
+    "dp2 zero3, gathered once": config_of(Layout(2, zero=3, accumulation=2), dtype="bf16", ds__zero_optimization=GATHERED),
+    "dp2 zero3, gathered twice": config_of(Layout(2, zero=3, accumulation=2), ds__zero_optimization=APART),
+    "dp2 zero3, full recompute": config_of(Layout(2, zero=3, recompute="full"), ds__zero_optimization=APART),
+    "dp2 bf16": config_of(Layout(2, zero=1, accumulation=2), dtype="bf16"),
+}
+ON_FOUR: dict[str, dict[str, Any]] = {
+    "tp2 pp2": config_of(Layout(4, tp=2, pp=2, accumulation=3)),
+    "tp2 pp2 sp bf16": config_of(Layout(4, tp=2, pp=2, sp=True, accumulation=2), dtype="bf16"),
+    "pp2 dp2 bf16": config_of(Layout(4, pp=2, zero=1, accumulation=2), dtype="bf16"),
+    "tp2 dp2 zero1": config_of(Layout(4, tp=2, zero=1), dtype="fp16"),
+}
+
+
+def expected(config: Config, rank: int) -> Counter[Entry]:
+    """Planned bytes of a rank by (collective, ranks of the group)."""
+    layout = config.layout
+    tp, rest = rank % layout.tensor, rank // layout.tensor
+    dp, pp = rest % layout.data, rest // layout.data
+
+    def at(t: int, d: int, p: int) -> int:
+        return (p * layout.data + d) * layout.tensor + t
+
+    copies = kv_copies(config)
+    groups = {
+        "tensor": tuple(at(t, dp, pp) for t in range(layout.tensor)),
+        "data": tuple(at(tp, d, pp) for d in range(layout.data)),
+        "pipeline": tuple(at(tp, dp, p) for p in range(layout.pipeline)),
+        "model": tuple(at(t, dp, p) for p in range(layout.pipeline) for t in range(layout.tensor)),
+        "heads": tuple(at(t, dp, pp) for t in range(tp // copies * copies, tp // copies * copies + copies)),
+        "ends": (at(tp, dp, 0), at(tp, dp, layout.pipeline - 1)),
+    }
+    sums: Counter[Entry] = Counter()
+    for transfer in traffic(config, stages(config.megastab.model, layout)[pp]):
+        ranks = groups[transfer.group]
+        if transfer.kind == "send":
+            ranks = (at(tp, dp, pp + 1 if "next" in transfer.what else pp - 1),)
+        sums[transfer.kind, ranks] += transfer.bytes
+    return sums
+
+
+@pytest.mark.parametrize(("world", "configs"), [(2, ON_TWO), (4, ON_FOUR)], ids=["two ranks", "four ranks"])
+def test_planned_bytes_are_those_on_the_wire(world: int, configs: dict[str, dict[str, Any]]) -> None:
+    seen = run_ranks(world, steps_sent, list(configs.values()), timeout=300)
+    differing = {}
+    for i, (name, source) in enumerate(configs.items()):
+        config = load_config(source, world_size=world)
+        for rank in range(world):
+            planned, sent = expected(config, rank), seen[rank][i]
+            assert sent, name
+            if planned != sent:
+                differing[name, rank] = {key: (planned[key], sent[key]) for key in {*planned, *sent} if planned[key] != sent[key]}
+    assert not differing  # (collective, ranks): (planned, sent)
