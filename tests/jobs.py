@@ -122,6 +122,8 @@ class Report:
     """Of the first update."""
     final: list[Piece] = field(default_factory=list)
     wrapper: str = ""
+    moved_bytes: int = 0
+    """Activations that left for their store."""
 
 
 def train(config: dict[str, Any], steps: int) -> Report:
@@ -141,6 +143,8 @@ def train(config: dict[str, Any], steps: int) -> Report:
         if step == 0:
             report.gradients = tap.pieces()
     report.final = masters(job)
+    if (offload := job.built.offload) is not None:
+        report.moved_bytes = offload.counts.written + offload.counts.forwarded
     job.built.engine.destroy()
     return report
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,10 @@ class Layout:
     accumulation: int = 1
     recompute: str = "none"
     offload: bool = False
+    offload_param: bool = False
     compile: bool = False
+    activations: str = "none"
+    """Where they are offloaded to; the file's folder is of the test process."""
 
     @property
     def dp(self) -> int:
@@ -61,8 +66,9 @@ class Layout:
     def __str__(self) -> str:
         words = [f"tp{self.tp}" if self.tp > 1 else "", f"pp{self.pp}" if self.pp > 1 else "", "sp" if self.sp else ""]
         words += [f"dp{self.dp}" if self.dp > 1 else "", f"zero{self.zero}" if self.zero else "", "offload" if self.offload else ""]
+        words += ["params" if self.offload_param else ""]
         words += [f"accumulate{self.accumulation}" if self.accumulation > 1 else "", self.recompute if self.recompute != "none" else ""]
-        words += ["compiled" if self.compile else ""]
+        words += [f"activations_{self.activations}" if self.activations != "none" else "", "compiled" if self.compile else ""]
         return "-".join(word for word in words if word) or "single"
 
 
@@ -74,6 +80,8 @@ def config_of(layout: Layout, optimizer: str = "AdamW", dtype: str = "fp32", **c
     zero: dict[str, Any] = {"stage": layout.zero}
     if layout.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
+    if layout.offload_param:
+        zero["offload_param"] = {"device": "cpu"}
     config: dict[str, Any] = {
         "train_batch_size": GLOBAL_BATCH,
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // (layout.dp * layout.accumulation),
@@ -87,6 +95,10 @@ def config_of(layout: Layout, optimizer: str = "AdamW", dtype: str = "fp32", **c
             "run": {"total_steps": STEPS, "resume": "none", "compile": layout.compile},
         },
     }
+    if layout.activations != "none":
+        folder = str(Path(tempfile.gettempdir()) / "megastab-activations") if layout.activations == "ssd" else None
+        moved = {"kind": layout.activations, "folder": folder, "amount": "all", "min_kb": 0}
+        config["megastab"]["parallel"]["activation_offload"] = moved
     if dtype != "fp32":
         config[dtype] = {"enabled": True}
     for dotted, value in changes.items():

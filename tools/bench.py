@@ -21,6 +21,7 @@ NAMES = {
     "ortho_step": "the whole training step with OrthoAdam over the same with AdamW",
     "attention": "attention's sinks and soft-cap over plain causal SDPA",
     "norms": "dynamic tanh over RMSNorm, eager and compiled",
+    "offload": "activations on a disk or in host memory over activations in place: memory and time",
 }
 
 

@@ -239,6 +239,16 @@ def _qk_clip_with_cap(facts: Facts) -> str | None:
     )
 
 
+def _offload_compiled(facts: Facts) -> str | None:
+    kind = facts.megastab.parallel.activation_offload.kind
+    if kind == "none" or not facts.megastab.run.compile:
+        return None
+    return (
+        f'megastab.parallel.activation_offload.kind = "{kind}" with megastab.run.compile: what a compiled block saves is decided inside '
+        f'its graph, where no hook of ours runs. Set megastab.run.compile to false, or kind to "none".'
+    )
+
+
 def _one_length(facts: Facts) -> str | None:
     run = facts.megastab.run
     if run.total_steps is None and run.total_tokens is None:
@@ -284,6 +294,7 @@ RULES: tuple[Rule, ...] = (
     _multiplier_undone,
     _qk_clip_with_cap,
     _qk_clip_with_norm,
+    _offload_compiled,
     _one_length,
     _one_warmup,
 )

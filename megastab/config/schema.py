@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from megastab.config.schema_offload import ActivationOffloadConfig
 from megastab.config.schema_stability import StabilityConfig
 from megastab.config.schema_telemetry import TelemetryConfig
 from megastab.config.section import Section
@@ -178,6 +179,8 @@ class ParallelConfig(Section):
     """Split norms, dropout and the residual stream over the tensor-parallel ranks by token."""
     recompute: Recompute = "none"
     """``selective``: recompute attention and the MLP activation in backward; ``full``: recompute whole blocks."""
+    activation_offload: ActivationOffloadConfig = ActivationOffloadConfig()
+    """Where activations wait for backward; with ``recompute`` it moves out what that keeps."""
 
 
 class DataConfig(Section):

@@ -14,6 +14,7 @@ from torch import nn
 from megastab.checkpoint.init_from import start_masters, start_weights
 from megastab.config.config import Config
 from megastab.config.schema import Megastab
+from megastab.engine.offload import Offloader, offload_activations
 from megastab.engine.step import complete_gradients
 from megastab.model.attention import Attention
 from megastab.model.block import Block
@@ -44,6 +45,8 @@ class Built:
     controller: Controller
     groups: str
     """The decay groups in words."""
+    offload: Offloader | None = None
+    """Of activations."""
 
 
 def build_module(config: Config, grid: Grid, is_new: bool = True) -> nn.Module:
@@ -133,6 +136,7 @@ def build(config: Config, grid: Grid, is_new: bool = True) -> Built:
     complete_gradients(adapter)
     if block.run.compile:
         compile_blocks(engine.module, is_partitioned=config.zero_stage == 3)
+    offload = offload_activations(engine.module, block.parallel.activation_offload)
     qk_clip = watch_logits(engine.module, block, grid)
     controller = build_controller(adapter, grid, block.stability, config.global_batch, config.tokens_per_step, qk_clip)
-    return Built(engine, adapter, controller, groups)
+    return Built(engine, adapter, controller, groups, offload)

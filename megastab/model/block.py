@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,7 @@ from megastab.parallel import rng
 from megastab.parallel.grid import TensorParallel
 
 Map = Callable[[Tensor], Tensor]
+Around = Callable[[Callable[[], Tensor]], Tensor]  # runs a block's forward and returns what it returns
 
 
 def _recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
@@ -52,9 +54,15 @@ class Block(nn.Module):
         self.mlp = MLP(config, tp, layer)
         self.attention_dropout = Dropout(config.dropout, seed, layer, "attention")
         self.mlp_dropout = Dropout(config.dropout, seed, layer, "mlp")
+        self.around: Around | None = None  # set where activations are offloaded
 
     def forward(self, x_TD: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
         """[T, D] -> [T, D]."""
+        if self.around is not None and self.training and torch.is_grad_enabled():
+            return self.around(lambda: self._recomputing(x_TD, context, None))
+        return self._recomputing(x_TD, context, cache)
+
+    def _recomputing(self, x_TD: Tensor, context: Context, cache: KVCache | None) -> Tensor:
         if self.training and self.recompute == "full":
             return _recomputed(self._run, x_TD, context, None)
         return self._run(x_TD, context, cache)
@@ -84,7 +92,11 @@ class Block(nn.Module):
     def _attention(self, x_TD: Tensor, context: Context, cache: KVCache | None) -> Tensor:
         if not self._selects():
             return self.attention(x_TD, context, cache)
-        return self.attention.o(_recomputed(self.attention.mix, self.attention.project(x_TD), context))
+        return self.attention.o(_recomputed(self._mix, context, *self.attention.project(x_TD)))
+
+    def _mix(self, context: Context, *projected: Tensor) -> Tensor:
+        """Tensors as arguments of their own: autograd then saves them, where hooks see them."""
+        return self.attention.mix(projected, context)
 
     def _mlp(self, x_TD: Tensor) -> Tensor:
         if not self._selects():

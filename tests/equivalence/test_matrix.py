@@ -38,6 +38,8 @@ CLIPS_SOME = {"warmup_steps": 2, "alpha": 0.5, "z_thresh": 0.1}  # quick and jum
 RELEASED = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
+    "deep": {"model": {"num_layers": 4}},  # a stage of one block offloads nothing
+    "deep_dropout": {"model": {**GPT, "num_layers": 4, "dropout": 0.1}, "data": {"document_mask": True}},
     "gqa2": {"model": {"num_kv_heads": 2}},
     "mqa": {"model": {"num_kv_heads": 1}},
     "tied": {"model": {"tie_embeddings": True}},
@@ -155,6 +157,9 @@ FP32 = [
     *rows("dropout", TP2, TP2_SP, DP2, PP2, TP2_PP2_SP, Layout(1, accumulation=4), Z3_DP2, Layout(2, tp=2, recompute="full")),
     *rows("llama", *(Layout(2, tp=2, sp=True, recompute=kind) for kind in ("selective", "full")), Layout(2, zero=3, recompute="full")),
     *rows("llama", Layout(2, pp=2, accumulation=3, recompute="full"), Layout(2, pp=2, accumulation=3, recompute="selective")),
+    *rows("deep", Layout(4, tp=2, pp=2, sp=True, accumulation=2, activations="ssd")),
+    *rows("deep_dropout", Layout(2, zero=3, accumulation=2, recompute="selective", activations="ssd")),
+    *rows("llama", *(Layout(2, zero=stage, offload=True) for stage in (1, 3)), Layout(2, zero=3, offload=True, offload_param=True)),
     *rows("documents", Layout(1, accumulation=4), DP2, Layout(2, accumulation=3), TP2, TP2_SP, PP2, TP2_PP2_SP, Z3_DP2),
     *rows("gpt_documents_dropout", TP2_PP2_SP, Layout(2, accumulation=2, recompute="selective")),
     *rows("topk", TP2, TP2_SP),
@@ -220,6 +225,8 @@ LOW = [
     *rows("dropout", Layout(2, zero=1, accumulation=2), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("llama", Layout(2, tp=2, zero=1), Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="fp16"),
     *rows("softmax1_capped", Z1_DP2, dtype="bf16"),
+    *rows("deep", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2, activations="ssd"), dtype="bf16"),
+    *rows("llama", Layout(2, zero=1, offload=True), Layout(2, zero=3, offload=True, offload_param=True), dtype="bf16"),
     *rows("learned_head_head", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("kv_bias_full_element", Layout(4, tp=4, sp=True, zero=1), Z3_DP2, dtype="bf16"),
     *rows("qk_clip", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), Z2_DP2, dtype="bf16"),
@@ -306,6 +313,7 @@ def test_layout_trains_as_one_process(row: Row) -> None:
         if kind == "AdamW" and row.model.startswith(("gpt", "dropout", "dyt")):
             bias = worst(*({n: w for n, w in whole.items() if n.endswith("bias")} for whole in found["final"]), skip=".k.bias")
             assert bias[0] <= ADAM_BIAS, bias
+        assert all((r.moved_bytes > 0) == (row.layout.activations != "none") for r in ranks), "the row does not test what it says"
         assert all(r.rescaled == single.rescaled for r in ranks), "rescale decisions"
         assert any(name in row.model for name in RESCALING) == any(single.rescaled), "the row does not test what it says"
         assert all(r.qk_clipped == single.qk_clipped for r in ranks), "heads clipped"
@@ -327,6 +335,7 @@ def test_low_precision(row: Row) -> None:
         exact = jobs.merge([single.initial])[0]
         assert drift == 0.0 and all(np.array_equal(whole[name], exact[name]) for name in exact), "initial masters"
         assert jobs.merge(r.final for r in ranks)[1] == 0.0, "copies of one element differ"
+        assert all((r.moved_bytes > 0) == (row.layout.activations != "none") for r in ranks), "the row does not test what it says"
         loss, norm = relative(ranks[0].losses, single.losses), relative(ranks[0].norms, single.norms)
         note(row, {"optimizer": kind, "loss": loss, "norm": norm})
         assert loss <= LOW_LOSS[row.dtype] and norm <= LOW_NORM[row.dtype], (kind, loss, norm)

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Contestant = Literal["ours", "bare", "both", "hugging_face", "stability"]
+Contestant = Literal["ours", "bare", "both", "hugging_face", "stability", "offload"]
 Precision = Literal["bf16", "fp32"]
 Optimizer = Literal["AdamW", "OrthoAdam"]
 
@@ -17,6 +17,8 @@ LEARNING_RATE = 1e-3
 SIZES: dict[str, dict[str, int]] = {
     "A": {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 768, "num_heads": 4, "vocab_size": 4096},
     "B": {"num_layers": 8, "hidden_size": 512, "ffn_hidden_size": 1408, "num_heads": 8, "vocab_size": 8192},
+    # Of `offload` only: most of its memory is activations.
+    "deep": {"num_layers": 16, "hidden_size": 256, "ffn_hidden_size": 768, "num_heads": 4, "vocab_size": 4096},
 }
 
 
@@ -37,6 +39,8 @@ class Spec:
     batch: int = BATCH
     """Sequences a step of ``ours`` and ``bare``."""
     optimizer: Optimizer = "AdamW"
+    activations: dict[str, Any] | None = None
+    """The section ``activation_offload`` of ``offload``."""
 
     def dump(self) -> str:
         """As a command-line argument."""
@@ -58,7 +62,7 @@ class Spec:
             "bf16": {"enabled": self.precision == "bf16"},
             "megastab": {
                 "model": {"arch": "llama", "max_seq_len": SEQ, **SIZES[self.size]},
-                "parallel": {"tensor": self.tensor},
+                "parallel": {"tensor": self.tensor, **({"activation_offload": self.activations} if self.activations else {})},
                 "schedule": {"kind": "constant"},
                 "data": {"train": [[1.0, self.data]] if self.data else []},
                 "run": {"total_steps": 1_000_000, "compile": self.is_compiled},
@@ -82,7 +86,7 @@ class Options:
     @property
     def sizes(self) -> tuple[str, ...]:
         """Models to measure."""
-        return ("A",) if self.is_quick else tuple(SIZES)
+        return ("A",) if self.is_quick else ("A", "B")
 
     @property
     def rounds(self) -> int:

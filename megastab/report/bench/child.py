@@ -46,10 +46,16 @@ def main(text: str) -> None:
     from megastab.engine.launch import start_job
     from megastab.parallel import collectives
     from megastab.report.bench.contestants import Contestants
+    from megastab.report.bench.offload_contestants import OffloadContestants
     from megastab.report.bench.stability_contestants import StabilityContestants
 
     start_job()
     memory = MemoryGrowth()
+    if spec.who == "offload":
+        contestant = OffloadContestants(spec)
+        turns.serve(contestant.step, contestant.facts)
+        collectives.leave()
+        return
     step = StabilityContestants(spec).step if spec.who == "stability" else Contestants(spec).step
     turns.serve(step, memory)
     collectives.leave()

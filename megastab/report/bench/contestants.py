@@ -62,11 +62,11 @@ class Contestants:
         batches = random_batches(SIZES[spec.size]["vocab_size"], batch=spec.batch)
         self.fetch: Callable[[], MicroBatch] = lambda: batches[self.num_taken % len(batches)]
         self.num_taken = 0
-        ours = Ours(spec.source(), spec.tensor) if spec.who != "bare" else None
+        self.ours = ours = Ours(spec.source(), spec.tensor) if spec.who != "bare" else None
         if ours is not None:
             self.steps.append(ours.step)
             self.fetch = ours.fetcher() if spec.data else self.fetch
-        if spec.who != "ours":
+        if spec.who not in ("ours", "offload"):
             self.steps.append(_bare_step(spec, ours))
         self.clock = time_collectives()
 

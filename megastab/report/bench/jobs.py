@@ -95,6 +95,10 @@ class Job:
         """Peak memory less what was resident before the model was built."""
         return float(self._ask("memory"))
 
+    def facts(self) -> dict[str, float]:
+        """What ``offload`` tells of itself."""
+        return dict(self._ask("facts"))
+
     def _ask(self, request: str) -> Any:
         for process in self.processes:
             assert process.stdin is not None

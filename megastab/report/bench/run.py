@@ -14,6 +14,7 @@ from megastab.report.bench.corpus import data
 from megastab.report.bench.jobs import Failed
 from megastab.report.bench.machine import facts
 from megastab.report.bench.norms import norms
+from megastab.report.bench.offload import offload
 from megastab.report.bench.ortho_step import ortho_step
 from megastab.report.bench.orthoadam import orthoadam
 from megastab.report.bench.rows import Row, table
@@ -34,6 +35,7 @@ FIGURES: dict[str, Callable[[Options], Iterator[Row]]] = {
     "ortho_step": ortho_step,
     "attention": attention,
     "norms": norms,
+    "offload": offload,
 }
 
 

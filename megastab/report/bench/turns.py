@@ -25,7 +25,7 @@ class Turns:
         self._replies.write(json.dumps(value) + "\n")
         self._replies.flush()
 
-    def serve(self, step: Callable[[], dict[str, Any]], memory: Callable[[], float]) -> None:
+    def serve(self, step: Callable[[], dict[str, Any]], memory: Callable[[], Any]) -> None:
         """Answer until the parent has no more to ask."""
         self.reply("ready")
         while (request := self.next()) is not None:
