@@ -80,7 +80,7 @@ def test_slots_that_do_not_make_the_layout_are_told_before_anything_starts(
     env = variables(hostfile(tmp_path, hosts), MASTER_ADDR=hosts[0].address)
     script = ("bash", "run_scripts/multi_node.sh", str(config_file), "megastab.parallel.tensor=3")
     both = [host.start(*script, folder=ROOT, environment={**env, "NODE_RANK": str(i)}) for i, host in enumerate(hosts)]
-    ended = [finish(process, 120) for process in both]
+    ended = [finish(process, 240) for process in both]
     assert all(code != 0 for code, _ in ended)
     assert sum(text.count("megastab.parallel.tensor = 3") for _, text in ended) == 1, ended  # by rank 0 alone
 
@@ -96,7 +96,7 @@ def test_hosts_with_different_sources_leave_before_the_first_step(hosts: tuple[H
         host.start(*script, folder=folder, environment={**env, "NODE_RANK": str(i), "PYTHONPATH": str(folder)})
         for i, (host, folder) in enumerate(zip(hosts, (ROOT, stale), strict=True))
     ]
-    ended = [finish(process, 120) for process in both]
+    ended = [finish(process, 240) for process in both]
     assert all(code != 0 for code, _ in ended), ended
     told = "".join(text for _, text in ended)
     assert told.count("the hosts of this job differ") == 1 and "megastab's source" in told and "ranks 2, 3" in told, told
@@ -115,10 +115,10 @@ def test_a_cut_link_ends_both_sides_and_the_run_goes_on_when_it_is_back(
         return [host.start_alone(*script, folder=ROOT, environment={**env, "NODE_RANK": str(i)}) for i, host in enumerate(hosts)]
 
     both = start("megastab.run.hang_seconds=8")
-    wait_for(tmp_path / "run" / "metrics.jsonl", 120, lines=25)
+    wait_for(tmp_path / "run" / "metrics.jsonl", 240, lines=25)
     for host in hosts:
         host.set_link(is_up=False)
-    ended = [finish(process, 90) for process in both]
+    ended = [finish(process, 180) for process in both]
     for (code, text), other in zip(ended, reversed(hosts), strict=True):
         assert code not in (0, -9), text
         assert other.address in text and "cannot be reached over the network" in text, text
