@@ -9,7 +9,7 @@ and a large one twice, but for its last layers (runtime/zero/partitioned_param_c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -109,29 +109,61 @@ def fetched(config: Config, stage: Stage) -> Coordinator:
     return Coordinator(sizes, kept, limits, uses(config, stage)).run()
 
 
+Tree = list["Tree"] | Use
+"""A module that holds others, and is a turn of its own for the prefetcher, or a layer with weights (or without: the empty use)."""
+
+
 def uses(config: Config, stage: Stage) -> list[Use]:
-    """The layers of a micro-batch in the order they run: forward, then backward with what is recomputed in it."""
-    blocks: dict[str, list[Use]] = {}
-    order: list[Use] = []
+    """The modules of a micro-batch in the order they run: forward, then backward with what is recomputed in it."""
     layers: dict[str, list[str]] = {}
     for weight in stage.weights:
         layers.setdefault(_layer_of(weight.name), []).append(weight.name)
-    for layer, names in _in_order(layers):
-        order.append(tuple(names))
-        if layer.startswith("layers."):
-            blocks.setdefault(layer.split(".")[1], []).append(tuple(names))
-    if config.megastab.model.tie_embeddings:
-        order.append(("embedding",))
-    backward: list[Use] = []
-    recomputed = config.megastab.parallel.recompute == "full"
-    seen: set[str] = set()
-    for use in reversed(order):
-        block = use[0].split(".")[1] if use[0].startswith("layers.") else ""
-        if recomputed and block and block not in seen:
-            seen.add(block)
-            backward += blocks[block][:-1]  # recomputation ends inside the last layer, whose backward has begun it
-        backward.append(use)
-    return [*order, *backward]
+    model, recompute = config.megastab.model, config.megastab.parallel.recompute
+    before = [tuple(held) for name, held in layers.items() if not name.startswith("layers.") and name not in ("final_norm", "head")]
+    after = [tuple(layers[name]) for name in ("final_norm", "head") if name in layers]
+    blocks: list[Tree] = [_block(layers, index, recompute == "selective") for index in range(model.num_layers)]
+    ends: list[Tree] = [*after, ("embedding",)] if model.tie_embeddings else [*after]
+    whole: Tree = [*before, *blocks, *ends]
+    again = recompute == "full"
+    return [*_forward(whole), *_backward(whole, blocks if again else [])]
+
+
+def _block(layers: dict[str, list[str]], index: int, is_open: bool) -> Tree:
+    """A block's modules; selective recompute calls attention's and the MLP's layers, not these themselves."""
+
+    def of(*names: str) -> list[Tree]:
+        return [tuple(layers[key]) for name in names if (key := f"layers.{index}.{name}") in layers]
+
+    def branch(inner: list[Tree]) -> list[Tree]:
+        return inner if is_open else [inner]
+
+    attention = branch(of("qkv", "q", "kv", "q_norm", "k_norm", "sink", "o"))
+    mlp = branch(of("up", "down"))
+    dropout: Tree = ()
+    first = [*of("attention_norm"), *attention, *of("attention_output_norm"), dropout]
+    return [*first, *of("mlp_norm"), *mlp, *of("mlp_output_norm"), dropout]
+
+
+def _forward(tree: Tree) -> Iterator[Use]:
+    if isinstance(tree, tuple):
+        yield tree
+        return
+    yield ()
+    for child in tree:
+        yield from _forward(child)
+
+
+def _backward(tree: Tree, recomputed: list[Tree]) -> Iterator[Use]:
+    if isinstance(tree, tuple):
+        yield tree
+        return
+    yield ()
+    if any(tree is block for block in recomputed):
+        forward = list(_forward(tree))[1:]
+        last = max(i for i, use in enumerate(forward) if use)
+        yield from forward[:last]  # recomputation ends inside the last layer, whose backward has begun it
+    for child in reversed(tree):
+        yield from _backward(child, recomputed)
 
 
 def _layer_of(name: str) -> str:
@@ -139,20 +171,3 @@ def _layer_of(name: str) -> str:
     for ending in (".bias", ".gain", ".alpha"):
         name = name.removesuffix(ending)
     return name
-
-
-PLACES = ("attention_norm", "qkv", "q", "kv", "q_norm", "k_norm", "sink", "o", "attention_output_norm", "mlp_norm", "up", "down")
-
-
-def _in_order(layers: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
-    """Layers as they run; inside a block they are listed norms first."""
-
-    def place(layer: str) -> int:
-        last = layer.rsplit(".", 1)[1]
-        return PLACES.index(last) if last in PLACES else len(PLACES)
-
-    before = [(name, held) for name, held in layers.items() if not name.startswith("layers.") and name not in ("final_norm", "head")]
-    after = [(name, layers[name]) for name in ("final_norm", "head") if name in layers]
-    inside = [(name, held) for name, held in layers.items() if name.startswith("layers.")]
-    inside.sort(key=lambda item: (int(item[0].split(".")[1]), place(item[0])))
-    return [*before, *inside, *after]

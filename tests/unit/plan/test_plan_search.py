@@ -133,7 +133,7 @@ def test_both_commands_print_the_cluster(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_buckets_are_those_of_the_machine_planned_for() -> None:
     given = ["megastab.parallel.pipeline=1", "zero_optimization.stage=2"]
     made = json.loads(report(LLAMA_7B, given, options(cluster="h100"), as_json=True))
-    assert made["stages"][0]["states"]["buckets"] == 2 * 50_000_000  # here, on a CPU, it would be a tenth
+    assert made["stages"][0]["states"]["buckets"] == (2 + 2 + 4) * 50_000_000  # here, on a CPU, a tenth
 
 
 def test_a_search_names_ten_and_why_not_the_others() -> None:

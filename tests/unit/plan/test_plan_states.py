@@ -61,7 +61,7 @@ def test_bytes_are_what_the_engine_holds(case: str) -> None:
 
 BUCKET = {"reduce_bucket_size": 500_000}
 KEEPING = {"stage3_param_persistence_threshold": 5000, **BUCKET}
-USED_APART = {**KEEPING, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+USED_APART = {**KEEPING, "reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
 # Every wrapper and width, alone and beside copies of the model. Engines of one job, so that it starts once.
 BUFFERED: dict[int, dict[str, dict[str, Any]]] = {
     2: {
@@ -77,7 +77,7 @@ BUFFERED: dict[int, dict[str, dict[str, Any]]] = {
         "zero2 bf16": {**BF16, **zero(2, **BUCKET)},
         "zero2 bf16 overlapping": {**BF16, **zero(2, overlap_comm=True, **BUCKET)},
         "zero3": zero(3, **KEEPING),
-        "zero3 bf16": {**BF16, **zero(3, **USED_APART)},
+        "zero3 bf16": {**BF16, **zero(3, **USED_APART), "model": {"ffn_hidden_size": 512}},
         "zero3 alone": {**BF16, **zero(3, **BUCKET), **cut(2)},
         "zero3, bucket below a matrix": {**BF16, **zero(3, reduce_bucket_size=20_000)},
     },

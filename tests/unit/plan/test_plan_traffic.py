@@ -17,6 +17,10 @@ from tests.ranks import run_ranks
 from tests.unit.plan.wire import Entry, steps_sent
 
 GATHERED: dict[str, Any] = {"stage3_param_persistence_threshold": 100}
+PREFETCHED: dict[str, Any] = {**GATHERED, "stage3_max_reuse_distance": 0}
+REUSED: dict[str, Any] = {**GATHERED, "stage3_prefetch_bucket_size": 0}
+PARTLY: dict[str, Any] = {**GATHERED, "stage3_prefetch_bucket_size": 5000, "stage3_max_reuse_distance": 9000}
+CROWDED: dict[str, Any] = {**PREFETCHED, "stage3_max_live_parameters": 9000}
 APART: dict[str, Any] = {**GATHERED, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
 DROPOUT_GPT: dict[str, Any] = {"model": {"arch": "gpt", "dropout": 0.1, "tie_embeddings": True}, "data": {"document_mask": True}}
 
@@ -24,14 +28,17 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "tp2": config_of(Layout(2, tp=2, accumulation=2)),
     "tp2 full recompute": config_of(Layout(2, tp=2, recompute="full"), model={"num_kv_heads": 1, "qk_norm": "full", "sink": "kv_bias"}),
     "tp2 sp": config_of(Layout(2, tp=2, sp=True, accumulation=2), model={"norm": "dyt", "qk_norm": "head"}),
-    "tp2 sp zero2": config_of(Layout(2, tp=2, sp=True, zero=2, recompute="full"), model={"arch": "gpt"}),
+    "tp2 sp zero2": config_of(Layout(2, tp=2, sp=True, zero=2, accumulation=2, recompute="full"), model={"arch": "gpt"}),
     "pp2": config_of(Layout(2, pp=2, accumulation=3)),
     "pp2 tied, side inputs": config_of(Layout(2, pp=2, accumulation=2), **DROPOUT_GPT),
     "dp2": config_of(Layout(2, accumulation=2)),
     "dp2 zero1": config_of(Layout(2, zero=1, accumulation=2)),
     "dp2 zero2": config_of(Layout(2, zero=2, accumulation=2), dtype="bf16"),
-    "dp2 zero3": config_of(Layout(2, zero=3, accumulation=2), data={"document_mask": True}),
-    "dp2 zero3, gathered once": config_of(Layout(2, zero=3, accumulation=2), dtype="bf16", ds__zero_optimization=GATHERED),
+    "dp2 zero3": config_of(Layout(2, zero=3, accumulation=2), data={"document_mask": True}, model={"norm": "dyt"}),
+    "dp2 zero3, prefetched": config_of(Layout(2, zero=3, accumulation=2), dtype="bf16", ds__zero_optimization=PREFETCHED),
+    "dp2 zero3, reused": config_of(Layout(2, zero=3), ds__zero_optimization=REUSED),
+    "dp2 zero3, partly": config_of(Layout(2, zero=3), model={"num_layers": 4}, ds__zero_optimization=PARTLY),
+    "dp2 zero3, crowded": config_of(Layout(2, zero=3), model={"num_layers": 4}, ds__zero_optimization=CROWDED),
     "dp2 zero3, gathered twice": config_of(Layout(2, zero=3, accumulation=2), ds__zero_optimization=APART),
     "dp2 zero3, full recompute": config_of(Layout(2, zero=3, recompute="full"), ds__zero_optimization=APART),
     "dp2 bf16": config_of(Layout(2, zero=1, accumulation=2), dtype="bf16"),
