@@ -146,7 +146,7 @@ def test_memory_is_given_up(recompute: str, tmp_path: Path) -> None:
             gc.collect()
         return memory.now, loss
 
-    net = build(recompute, layers=6)
+    net = build(recompute, layers=6, ffn_hidden_size=64)  # a small MLP, so that attention's inputs show
     whole, loss = held(net, None)
     loss.backward()
     small, _ = held(net, offloaded(net, DiskStore(tmp_path)))
@@ -266,6 +266,8 @@ def test_the_measured_bandwidth_decides() -> None:
         assert same(run(net, 1), expected)
         assert same(run(net, 1), expected)  # planned with the rates above
         offered.append(list(offload.budgets))
+        third = offload._scope.previous if offload._scope else None
+        assert third is not None and third.position == 2 and third.sent <= third.budget <= third.offered
     assert offload.budgets[3] == math.inf  # the last block, which never moves
     slow_out, slow_in, fast = offered
     assert all(0 < amount <= 0.8 * 30e3 for amount in slow_in[:3])  # less by what this machine waited for its own copies
