@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
 
 
 class Lane:
@@ -32,6 +31,14 @@ class Lane:
         event.record()
         return event
 
+    def moment(self) -> Any:
+        """A point to wait for, without its time; None in CPU runs."""
+        if not self.has_streams:
+            return None
+        event = self.accelerator.Event()
+        event.record()
+        return event
+
     def seconds(self, begin: Any, end: Any) -> float | None:
         """Between two marks; None while the device has not passed the second."""
         if not self.has_streams:
@@ -45,18 +52,12 @@ class Lane:
             self._own.stream = self.accelerator.Stream()
 
     @contextlib.contextmanager
-    def after(self, mark: Any = None) -> Iterator[None]:
+    def after(self, mark: Any) -> Iterator[None]:
         """In a worker: what is inside runs on its own stream, once the compute stream has passed ``mark``."""
         if not self.has_streams:
             yield
             return
-        if mark is not None:
-            self._own.stream.wait_event(mark)
+        self._own.stream.wait_event(mark)
         with self.accelerator.stream(self._own.stream):
             yield
         self._own.stream.synchronize()
-
-    def hand_over(self, tensor: Tensor) -> None:
-        """``tensor`` was allocated by a worker and is used by the compute stream from here on."""
-        if self.has_streams:
-            tensor.record_stream(self.accelerator.current_stream())

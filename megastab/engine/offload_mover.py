@@ -91,7 +91,7 @@ class Mover:
             self._warn(error)
         if slot is None:
             return None
-        entry = Entry(tensor, slot, self.store, self.lane.mark())
+        entry = Entry(tensor, slot, self.store, self.lane.moment())
         entry.writing = self._writers.submit(self._write, weakref.ref(entry))
         return entry
 
@@ -127,11 +127,12 @@ class Mover:
                 self.counts.forwarded += entry.size if entry.is_original and not entry.is_wanted else 0
                 entry.is_wanted = True
             elif entry.reading is None:
-                entry.reading = self._readers.submit(self._read, entry)
+                # Allocated here, among the compute stream's memory: a thread's own would be another arena, or another stream's pool.
+                target = torch.empty(entry.size, dtype=torch.uint8, device=entry.device)
+                entry.reading = self._readers.submit(self._read, entry, target, self.lane.moment())
 
-    def _read(self, entry: Entry) -> None:
-        with self.in_rate.busy(entry.size), self.lane.after():
-            target = torch.empty(entry.size, dtype=torch.uint8, device=entry.device)
+    def _read(self, entry: Entry, target: Tensor, mark: Any) -> None:
+        with self.in_rate.busy(entry.size), self.lane.after(mark):
             self.store.get(entry.slot, target)
         entry.is_original = False
         entry.tensor = target
@@ -153,8 +154,6 @@ class Mover:
         assert tensor is not None
         if entry.is_torn or (entry.is_original and tensor._version != entry.version):
             raise RuntimeError(f"a tensor of {entry.size} bytes that backward needs was changed in place after it was saved")
-        if not entry.is_original:
-            self.lane.hand_over(tensor)
         return tensor
 
     def settle(self, entry: Entry) -> None:

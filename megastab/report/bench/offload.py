@@ -46,7 +46,8 @@ def rows(case: str, mine: tuple[Times, dict[str, float]], plain: tuple[Times, di
     out, back = known["out_rate"] / 1e9, known["in_rate"] / 1e9
     detail = (
         f"{known['grown'] / 1e6:,.0f} MB at the peak of a step, {without['grown'] / 1e6:,.0f} in place; out at {out:.2f} GB/s, back at "
-        f"{back:.2f}; of what might go {_share(known):.0%} was written, {_share(known, 'forwarded'):.0%} taken back on its way"
+        f"{back:.2f}; of what might go {_share(known):.0%} was written, {_share(known, 'forwarded'):.0%} taken back on its way; "
+        f"waited {known['waited_seconds']:.2f} s for it in all steps"
     )
     raw = {"bytes": [known["grown"], without["grown"]], "rates": [known["out_rate"], known["in_rate"]]}
     ratio = known["grown"] / without["grown"]

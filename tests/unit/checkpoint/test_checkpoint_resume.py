@@ -40,6 +40,9 @@ CASES = {
     "zero1-fp16": (Layout(2, zero=1), "fp16"),
     "zero3-fp16": (Layout(2, zero=3), "fp16"),
     "zero2-bf16-offload": (Layout(2, zero=2, offload=True), "bf16"),
+    "zero1-bf16-offload": (Layout(2, zero=1, offload=True), "bf16"),
+    "zero3-bf16-offload-params": (Layout(2, zero=3, offload=True, offload_param=True), "bf16"),
+    "zero1-bf16-activations": (Layout(2, zero=1, activations="ssd"), "bf16"),
 }
 each_case = pytest.mark.parametrize("name", CASES)
 

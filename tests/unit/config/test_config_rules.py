@@ -116,6 +116,11 @@ CASES: dict[str, Case] = {
         ("megastab.stability.qk_clip with", 'megastab.model.qk_norm = "head"', "the norm undoes that", 'megastab.model.qk_norm to "none"'),
         ("megastab.stability.qk_clip=null",),
     ),
+    "_offload_compiled": Case(
+        ("megastab.run.compile=true", 'megastab.parallel.activation_offload={"kind": "cpu"}'),
+        ('activation_offload.kind = "cpu"', "megastab.run.compile", 'Set megastab.run.compile to false, or kind to "none"'),
+        ("megastab.run.compile=false",),
+    ),
     "_one_length": Case(
         ("megastab.run.total_steps=null",),
         ("megastab.run.total_steps is missing", "megastab.run.total_tokens"),

@@ -10,16 +10,18 @@ import math
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megastab.config.schema import Megastab
-from megastab.engine.offload import Offloader
-from megastab.engine.offload_mover import Mover
+from megastab.engine.offload import Kept, Moved, Offloader, Scope
+from megastab.engine.offload_mover import Entry, Mover
 from megastab.engine.offload_store import SUFFIX, DiskStore, HostStore
 from megastab.model.block import Block
 from megastab.model.init import init_weights
@@ -102,11 +104,22 @@ def drained(net: nn.Module, offload: Offloader, *arguments: Any) -> Tensor:
     return loss
 
 
-def test_everything_comes_back_from_the_disk(tmp_path: Path) -> None:
+def test_everything_comes_back_from_the_disk_before_it_is_asked_for(tmp_path: Path) -> None:
     net = build()
     expected = run(net, 1)
     offload = offloaded(net, DiskStore(tmp_path))
-    drained(net, offload, *batch()).backward()
+    mover, asked, late = offload.mover, [], []
+
+    def take(entry: Entry) -> Tensor:
+        asked.append(entry.size)
+        late.extend([] if entry.tensor is not None or entry.reading is not None else [entry.size])
+        return inner(entry)
+
+    inner, mover.take = mover.take, take  # type: ignore[method-assign]
+    loss = drained(net, offload, *batch())
+    assert offload._scope is not None and offload._scope.position == 3 and not offload._scope.entries  # the last block's
+    loss.backward()
+    assert asked and not late
     assert same(gradients(net), expected)
     assert offload.counts.forwarded == 0 and offload.counts.read == offload.counts.written > 0 and offload.counts.kept == 0
 
@@ -123,7 +136,8 @@ def test_micro_batches_in_flight_are_not_mixed_up(tmp_path: Path) -> None:
     assert same(gradients(net), expected)
 
 
-def test_memory_is_given_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_memory_is_given_up(recompute: str, tmp_path: Path) -> None:
     """Of six equal blocks the last stays: of what the blocks keep after forward, five sixths go, up to a few statistics."""
 
     def held(net: Transformer, offload: Offloader | None) -> tuple[int, Tensor]:
@@ -132,7 +146,7 @@ def test_memory_is_given_up(tmp_path: Path) -> None:
             gc.collect()
         return memory.now, loss
 
-    net = build(layers=6)
+    net = build(recompute, layers=6, ffn_hidden_size=64)  # a small MLP, so that attention's inputs show
     whole, loss = held(net, None)
     loss.backward()
     small, _ = held(net, offloaded(net, DiskStore(tmp_path)))
@@ -150,6 +164,33 @@ def test_a_storage_goes_once_and_weights_never(tmp_path: Path) -> None:
     assert len(set(places)) == len(places) > 0 and offload.counts.shared > 0
     assert not {p.untyped_storage().data_ptr() for p in net.parameters()} & set(places)
     loss.backward()
+    weight, mover = blocks_of(net)[0].mlp.up.weight, offload.mover
+    for tensor, stays in ((weight, True), (weight.t(), True), (weight.detach()[1:], True), (weight * 1.0, False)):
+        packed = offload._pack(Scope(0, None, mover, math.inf), list(net.parameters()), tensor)
+        assert isinstance(packed, Kept) == stays and torch.equal(offload._unpack(packed), tensor)
+
+
+def test_forward_waits_for_the_disk_where_everything_goes(tmp_path: Path) -> None:
+    class SlowStore(HostStore):
+        def put(self, slot: Any, source: Tensor) -> None:
+            time.sleep(0.01)
+            super().put(slot, source)
+
+    net, waiting = build(layers=6), []
+    offload = offloaded(net, SlowStore(None))
+
+    def enter(position: int) -> Scope:
+        scope = inner(position)
+        before, steps = scope, 0
+        while before.previous is not None:
+            before, steps = before.previous, steps + 1
+            entries = [entry for reference in before.entries if (entry := reference()) is not None]
+            waiting.extend([steps] if any(entry.writing is not None and not entry.writing.done() for entry in entries) else [])
+        return scope
+
+    inner, offload._enter = offload._enter, enter  # type: ignore[method-assign]
+    net(*batch()).backward()
+    assert waiting and max(waiting) <= 2
 
 
 class GatedStore(HostStore):
@@ -175,6 +216,33 @@ def test_what_is_still_on_its_way_is_taken_from_memory() -> None:
     assert offload.counts.forwarded > 0 and offload.counts.read == offload.counts.written == 0
 
 
+def test_a_tensor_wanted_on_its_way_does_not_leave() -> None:
+    store = GatedStore()
+    mover = Mover(store)
+    entry = mover.send(torch.ones(1000))
+    assert entry is not None
+    mover.fetch(entry)
+    store.gate.set()
+    mover.settle(entry)
+    assert torch.equal(mover.take(entry), torch.ones(1000)) and entry.is_original and mover.counts.written == 0
+
+
+def test_a_graph_that_is_dropped_is_gone() -> None:
+    """relu saves its own output: held as it is by its node it would never be freed."""
+    net, seen = build(layers=2, arch="gpt", activation="relu"), []
+    offload = offloaded(net, HostStore(0))  # all of it stays
+
+    def pack(scope: Scope, parameters: list[nn.Parameter], tensor: Tensor) -> Kept | Moved:
+        weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        storage = tensor.untyped_storage()
+        seen.extend([] if storage.data_ptr() in weights else [(tensor.shape, tensor.is_leaf, StorageWeakRef(storage))])
+        return inner(scope, parameters, tensor)
+
+    inner, offload._pack = offload._pack, pack  # type: ignore[method-assign]
+    net(*batch())
+    assert len(seen) > 5 and [found[:2] for found in seen if not found[2].expired()] == []
+
+
 class FixedRate:
     """So many bytes a second, whatever happens."""
 
@@ -198,9 +266,12 @@ def test_the_measured_bandwidth_decides() -> None:
         assert same(run(net, 1), expected)
         assert same(run(net, 1), expected)  # planned with the rates above
         offered.append(list(offload.budgets))
+        third = offload._scope.previous if offload._scope else None
+        assert third is not None and third.position == 2 and third.sent <= third.budget <= third.offered
     assert offload.budgets[3] == math.inf  # the last block, which never moves
     slow_out, slow_in, fast = offered
-    assert slow_in[:3] == [0.8 * 30e3] * 3 and sum(slow_out[:3]) < sum(fast[:3])
+    assert all(0 < amount <= 0.8 * 30e3 for amount in slow_in[:3])  # less by what this machine waited for its own copies
+    assert sum(slow_out[:3]) < sum(fast[:3])
     assert len(set(fast[:3])) == 1 and fast[0] > 100_000  # all a block has
 
 
@@ -224,8 +295,7 @@ def test_nothing_has_a_name_and_slots_come_back(tmp_path: Path) -> None:
 def test_an_error_gives_back_what_was_out(tmp_path: Path) -> None:
     net = build()
     offload = offloaded(net, DiskStore(tmp_path))
-    drained(net, offload, *batch())  # a graph nobody goes back through
-    gc.collect()
+    drained(net, offload, *batch())  # a graph nobody goes back through, dropped with its loss: no cycle waits for the collector
     store = offload.mover.store
     assert sum(slot.size for slot in store._returned) == store.total > 0
 
@@ -288,18 +358,16 @@ def test_damage_names_the_file(how: str, tmp_path: Path) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("is_out", [False, True])
-def test_a_change_in_place_is_noticed(is_out: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["kept", "on its way", "out"])
+def test_a_change_in_place_is_noticed(where: str) -> None:
     store = GatedStore()
-    net = build(layers=2)
-    offload = offloaded(net, store, takes_all=False)
-    held: list[Tensor] = []
-    first = blocks_of(net)[0]
-    first.mlp.register_forward_pre_hook(lambda module, inputs: held.append(inputs[0]))
+    net, held = build(layers=2), []
+    offload = offloaded(net, store, takes_all=False, min_bytes=1 << 40 if where == "kept" else 1024)
+    blocks_of(net)[0].mlp.register_forward_pre_hook(lambda module, inputs: held.append(inputs[0]))
     loss = net(*batch())
     with torch.no_grad():
         held[0].add_(1.0)
-    if is_out:
+    if where == "out":
         store.gate.set()
         assert offload._scope is not None and offload._scope.previous is not None
         offload._scope.previous.settle()
