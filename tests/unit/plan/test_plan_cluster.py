@@ -15,6 +15,7 @@ from megastab.plan.cluster import PRESETS, Cluster, cluster_named, this_cpu
 from megastab.plan.parameters import stages
 from megastab.plan.plan import plan
 from megastab.plan.predict import LATENCY, is_inside_node, predict, seconds_of, stage_flops
+from megastab.plan.traffic import traffic
 from megastab.plan.transfer import Transfer
 from tests.unit.plan.jobs import small_config
 
@@ -117,18 +118,25 @@ def test_the_bubble_is_the_plans_share() -> None:
 
 
 def test_zero_3_hides_behind_the_products_and_zero_1_does_not() -> None:
-    fast = replace(SMALL, inter_gbps=1e6)
-    exposed = {}
     for stage in (1, 3):
         config = small_config(8, **BF16, zero_optimization={"stage": stage, "stage3_param_persistence_threshold": 0})
-        exposed[stage] = [predict(config, cluster, stages_of(config)).data for cluster in (fast, SMALL)]
-    loss = 3 * LATENCY  # alone in its call, over eight ranks
-    assert exposed[1][1] > exposed[1][0] > loss
-    assert exposed[3][0] >= loss and exposed[3][1] > exposed[3][0]  # a slow link outlasts these small products
+        (cut,) = stages_of(config)
+        predicted = predict(config, SMALL, [cut])
+        lasts = {t.what: seconds_of(t, config, SMALL) for t in traffic(config, cut)}
+        hidden = lasts["gradients"] + lasts["weights as they are used"] if stage == 3 else 0.0
+        assert predicted.data == pytest.approx(sum(lasts.values()) - hidden + max(0.0, hidden - predicted.compute))
+        if stage == 3:
+            assert 0 < predicted.compute < hidden  # this slow link outlasts these small products
+            slow = predict(config, replace(SMALL, peak_tflops={"bf16": 1e-6}), [cut])
+            assert slow.data == pytest.approx(sum(lasts.values()) - hidden)
 
 
 def test_a_budget_is_the_plans_peak() -> None:
-    for arguments in ({}, {"bf16": {"enabled": True}}, {"zero_optimization": {"stage": 1}}, {"parallel": {"recompute": "full"}}):
+    small = {"train_micro_batch_size_per_gpu": 1, "model": {"max_seq_len": 8}, "parallel": {"recompute": "full"}}
+    at_step = {**small, "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}
+    steps = small_config(2, **at_step)  # type: ignore[arg-type]
+    assert "step workspace" in budget(steps, stages_of(steps)[0], SMALL).categories
+    for arguments in (at_step, {}, {"bf16": {"enabled": True}}, {"zero_optimization": {"stage": 1}}, {"parallel": {"recompute": "full"}}):
         config = small_config(2, **arguments)  # type: ignore[arg-type]
         made = budget(config, stages_of(config)[0], SMALL)
         assert made.total == plan(config).stages[0].peak
