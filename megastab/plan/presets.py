@@ -1,15 +1,16 @@
-"""The table of docs/planning.md, as Markdown: ``python tools/plan_presets.py [--cluster h100]``; some minutes of arithmetic."""
+"""The table of docs/planning.md, as Markdown: ``python -m megastab.plan.presets [--cluster h100]``; some minutes of arithmetic."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+from megastab.config.load import load_config
+from megastab.plan.cluster import cluster_named
+from megastab.plan.cluster_text import cells
+from megastab.plan.command import spread
+from megastab.plan.search import search
 
 # (name, layers, width, heads, KV heads, MLP width, vocabulary, sequence, samples of a step)
 SHAPES: tuple[tuple[str, int, int, int, int, int, int, int, int], ...] = (
@@ -42,12 +43,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cluster", default="h100", metavar="NAME|FILE", help="its nodes, in as many as are asked for")
     arguments = parser.parse_args()
-
-    from megastab.config.load import load_config
-    from megastab.plan.cluster import cluster_named
-    from megastab.plan.cluster_text import cells
-    from megastab.plan.command import spread
-    from megastab.plan.search import search
 
     one = cluster_named(arguments.cluster)
     print("| model | GPUs | tp | pp | dp | ZeRO | recompute | micro-batch | memory | step | MFU |")
