@@ -30,12 +30,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the one JSON: DeepSpeed's keys and a megastab block")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would be and cost, and exit")
     add_arguments(parser, when=" (with --dry-run)")
+    parser.add_argument("--resume", metavar="auto|none|PATH", help="short for megastab.run.resume=...")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's own
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="e.g. megastab.run.total_steps=20 zero_optimization.stage=3"
     )
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.resume is not None:
+        args.overrides = [*args.overrides, f"megastab.run.resume={args.resume}"]
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
