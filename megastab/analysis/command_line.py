@@ -33,7 +33,8 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     commands = parser.add_subparsers(title="analyses", required=True, metavar="ANALYSIS")
     for analysis in analyses():
-        command = commands.add_parser(analysis.name, help=analysis.help, description=analysis.help)
+        said = analysis.help.replace("%", "%%")  # argparse formats it
+        command = commands.add_parser(analysis.name, help=said, description=said)
         analysis.add_arguments(command)
         command.set_defaults(run=analysis.run)
     return parser

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megastab.analysis.command_line import analyses
+from megastab.analysis.command_line import analyses, parser_of
 from megastab.analysis.output import Output, Table, markdown, plain, shown
 from megastab.config.errors import UserError
 from megastab.data.tokenizer import Tokenizer
@@ -28,6 +28,14 @@ PICTURES = {
     "attention": ["attention_with_bos", "attention_without_bos", "attention_heads"],
     "intervene": [],
 }
+
+
+def test_every_page_of_help_can_be_printed() -> None:
+    whole = parser_of("what it is").format_help()
+    for analysis in analyses():
+        assert analysis.help.split()[0] in whole and analysis.name in whole
+        with pytest.raises(SystemExit, match="0"):
+            parser_of(None).parse_args([analysis.name, "--help"])
 
 
 @pytest.fixture(scope="module")
