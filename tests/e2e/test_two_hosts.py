@@ -26,9 +26,9 @@ def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
         yield both
 
 
-def hostfile(folder: Path, hosts: tuple[Host, Host], *more: str) -> Path:
+def hostfile(folder: Path, hosts: tuple[Host, Host], *more: str, slots: int = 2) -> Path:
     path = folder / "hosts"
-    path.write_text("".join(f"{name} slots=2\n" for name in [*(host.address for host in hosts), *more]))
+    path.write_text("".join(f"{name} slots={slots}\n" for name in [*(host.address for host in hosts), *more]))
     return path
 
 
@@ -37,15 +37,15 @@ def variables(hosts_file: Path, **others: str) -> dict[str, str]:
     return {**environment(), "MEGASTAB_ENV": "active", "HOSTFILE": str(hosts_file), "MASTER_PORT": port, **others}
 
 
-def one_host_curve(config: Path, folder: Path, *more: str) -> list[tuple[int, float, float, float]]:
-    done = launch("--deepspeed_config", str(config), *LAYOUT, f"megastab.run.dir={folder}", *more, ranks=4, timeout=300)
+def one_host_curve(config: Path, folder: Path, *more: str, ranks: int = 4) -> list[tuple[int, float, float, float]]:
+    done = launch("--deepspeed_config", str(config), f"megastab.run.dir={folder}", *more, ranks=ranks, timeout=300)
     assert done.code == 0, done.text
     return curve(folder)
 
 
 @over_ssh
 def test_over_ssh_and_without_it(hosts: tuple[Host, Host], config_file: Path, tmp_path: Path) -> None:
-    expected = one_host_curve(config_file, tmp_path / "one_host")
+    expected = one_host_curve(config_file, tmp_path / "one_host", *LAYOUT)
     script = ("bash", "run_scripts/multi_node.sh", str(config_file), *LAYOUT)
 
     ssh = start_sshd(hosts, tmp_path / "ssh")
@@ -107,11 +107,11 @@ def test_a_cut_link_ends_both_sides_and_the_run_goes_on_when_it_is_back(
     hosts: tuple[Host, Host], config_file: Path, tmp_path: Path
 ) -> None:
     long_enough = ("megastab.run.total_steps=80", "megastab.run.save_interval=10")
-    expected = one_host_curve(config_file, tmp_path / "one_host", *long_enough)
+    expected = one_host_curve(config_file, tmp_path / "one_host", *long_enough, ranks=2)
 
     def start(*more: str) -> list[subprocess.Popen[str]]:
-        env = variables(hostfile(tmp_path, hosts), MASTER_ADDR=hosts[0].address)
-        script = ("bash", "run_scripts/multi_node.sh", str(config_file), *LAYOUT, *long_enough, *more)
+        env = variables(hostfile(tmp_path, hosts, slots=1), MASTER_ADDR=hosts[0].address)
+        script = ("bash", "run_scripts/multi_node.sh", str(config_file), *long_enough, *more)
         return [host.start_alone(*script, folder=ROOT, environment={**env, "NODE_RANK": str(i)}) for i, host in enumerate(hosts)]
 
     both = start("megastab.run.hang_seconds=8")
