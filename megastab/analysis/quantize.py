@@ -131,8 +131,8 @@ def figure_of(name: str, found: Findings) -> Figure:
     for row, (p, length) in enumerate(zip(found.penalties, finite, strict=True)):
         axes.annotate(shown(p.penalty), (max(length, 0.0), row), (4, 0), textcoords="offset points", va="center", fontsize=9)
     sizes = sorted(abs(x) for x in finite if x)
-    if sizes and sizes[-1] > 30 * sizes[0]:
-        axes.set_xscale("symlog", linthresh=max(sizes[0], sizes[-1] / 1e6))
+    if sizes and sizes[-1] > 100 * (middle := sizes[len(sizes) // 2]):
+        axes.set_xscale("symlog", linthresh=10.0 ** math.floor(math.log10(middle)))  # a power of ten: no ticks crowd around 0
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel(f"perplexity above {shown(found.perplexity)}")
