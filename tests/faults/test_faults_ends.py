@@ -108,7 +108,7 @@ def test_thirty_random_moments(config: dict[str, Any], whole: dict[str, Any], tm
     expected, draw = uninterrupted(config, whole, tmp_path), random.Random(30)
     for number in range(30):
         method, steps = ("save", (3, 6)) if number % 3 == 0 else ("take_step", tuple(range(STEPS - 1)))
-        fault = AtMoment(method, draw.choice(steps), "kill", draw.uniform(0, 0.1 if method == "save" else 0.03), number % 5 == 4)
+        fault = AtMoment(method, draw.choice(steps), "kill", draw.uniform(0, 0.03), number % 5 == 4)
         print(number, check_killed(config, expected, fault, tmp_path, f"killed{number}"))
 
 
