@@ -96,12 +96,14 @@ class Window:
     data: list[float]
     """By rank, of these fetching samples."""
     stages: list[int]
+    over: float = 0.0
+    """From this share above the median on a rank is slow."""
     events: tuple[Event, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A line of ``rank_times.jsonl``."""
         columns = {"own_seconds": _rounded(self.own), "data_seconds": _rounded(self.data), "stages": self.stages}
-        return {"step": self.step, "steps": self.num_steps, **columns}
+        return {"step": self.step, "steps": self.num_steps, "over": self.over, **columns}
 
     def scalars(self) -> dict[str, float]:
         """By key of ``tags.TAGS``."""
@@ -232,7 +234,7 @@ class RankTimes:
         stages = [peer.stage for peer in self.straggler.peers]
         events = self.straggler.judge(step, self.config.steps, paces(own, data, stages))
         self._own, self._data, self._count = [], [], 0
-        self.last = Window(step, self.config.steps, own, data, stages, tuple(events))
+        self.last = Window(step, self.config.steps, own, data, stages, self.config.over, tuple(events))
         return self.last
 
 

@@ -114,9 +114,9 @@ def test_many_slow_ranks_are_not_all_listed() -> None:
 
 
 def test_a_window_says_what_is_known() -> None:
-    window = Window(100, STEPS, [1.00004, 2.0, math.nan], [0.1, math.nan, 0.1], [0, 0, 1])
+    window = Window(100, STEPS, [1.00004, 2.0, math.nan], [0.1, math.nan, 0.1], [0, 0, 1], 0.2)
     assert json.loads(json.dumps(window.to_json())) == {
-        "step": 100, "steps": STEPS, "own_seconds": [1.0, 2.0, None], "data_seconds": [0.1, None, 0.1], "stages": [0, 0, 1],
+        "step": 100, "steps": STEPS, "over": 0.2, "own_seconds": [1.0, 2.0, None], "data_seconds": [0.1, None, 0.1], "stages": [0, 0, 1],
     }  # fmt: skip
     assert window.scalars() == {"own_seconds": 1.00004, "slowest_over_median": pytest.approx(2.0, rel=1e-4)}
     assert "slowest_over_median" not in Window(1, 3, [1.0, 1.0], [0.1] * 2, [0, 1]).scalars(), "nobody has peers"
