@@ -74,8 +74,8 @@ def train(config: Config) -> int:
     with collectives.together("opening the data"):
         config, sources = open_training_data(config)
     parallel = config.megastab.parallel
-    grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, config.megastab.model.num_kv_heads)
-    trainer = Trainer(config, grid, sources.cut(config, grid.dp.rank, grid.dp.size))
+    grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, config.megastab.model.num_kv_heads, parallel.context)
+    trainer = Trainer(config, grid, sources.cut(config, grid.samples, grid.cp))
     with trainer.guarded():
         trainer.announce()
         trainer.resume()

@@ -120,6 +120,15 @@ def exchange_rows(rows: Tensor, send: Sequence[int], receive: Sequence[int], gro
     return out, dist.all_to_all_single(out, staged.contiguous(), list(receive), list(send), group=group, async_op=True)
 
 
+def exchange_equal(tensor: Tensor, group: Group) -> Tensor:
+    """Give each rank of ``group`` its equal share of the rows and take its own from each, in rank order (all-to-all)."""
+    if group is None:
+        return tensor
+    out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, tensor.contiguous(), group=group)
+    return out
+
+
 def arrived_rows(rows: Tensor, work: Work | None, device: torch.device) -> Tensor:
     """Wait for :func:`exchange_rows`; the rows received, on ``device``."""
     wait(work)

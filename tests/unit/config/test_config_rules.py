@@ -51,6 +51,18 @@ CASES: dict[str, Case] = {
         ("megastab.parallel.tensor=2",),
         world=4,
     ),
+    "_heads_over_context": Case(
+        ("megastab.model.num_heads=6", "megastab.model.hidden_size=48", "megastab.model.num_kv_heads=2", "megastab.parallel.context=4"),
+        ("megastab.parallel.context = 4", "megastab.model.num_heads = 6", "use context = 1 or 2 or 6"),
+        ("megastab.parallel.context=2",),
+        world=4,
+    ),
+    "_positions_over_context": Case(
+        ("megastab.model.max_seq_len=33", "megastab.parallel.context=2"),
+        ("megastab.model.max_seq_len = 33", "megastab.parallel.context = 2", "use max_seq_len = 34"),
+        ("megastab.model.max_seq_len=34",),
+        world=2,
+    ),
     "_ffn_over_tensor": Case(
         ("megastab.parallel.tensor=4", "megastab.model.ffn_hidden_size=190"),
         ("megastab.model.ffn_hidden_size = 190", "megastab.parallel.tensor = 4", "use ffn_hidden_size = 192"),
