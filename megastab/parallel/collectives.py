@@ -5,6 +5,7 @@ Rows are dim 0. Every function takes its group; none reads a global one. A group
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -53,11 +54,11 @@ def job_group() -> Group:
     return dist.group.WORLD if world()[1] > 1 else None
 
 
-def new_groups(ranks_by_group: Sequence[Sequence[int]]) -> Group:
+def new_groups(ranks_by_group: Sequence[Sequence[int]], backend: str | None = None) -> Group:
     """Make disjoint groups (collective over the whole job); return this rank's, or None if it would be alone in it."""
     if max(len(ranks) for ranks in ranks_by_group) == 1:
         return None
-    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_by_group])
+    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_by_group], backend=backend)
     return mine
 
 
@@ -164,17 +165,24 @@ def sum_doubles_(values: Tensor, group: Group) -> None:
         values.copy_(staged)
 
 
-def own_channel() -> Group:
-    """A group of all ranks beside the job's, on the CPU: what it sends waits for no kernel (collective over the job)."""
-    return dist.new_group(backend="gloo") if world()[1] > 1 else None
+def own_channel() -> list[Group]:
+    """Groups for :func:`any_of`, beside the job's and on the CPU: what they send waits for no kernel (collective over the job).
+
+    The ranks stand in a table, as near a square as their number divides into; a rank is in the group of its row and in that of its
+    column. One group of all would hold a connection for each pair of ranks, more than a process may have open from a thousand ranks on.
+    """
+    size = world()[1]
+    width = size // max(height for height in range(1, math.isqrt(size) + 1) if size % height == 0)
+    rows = [range(first, first + width) for first in range(0, size, width)]
+    columns = [range(place, size, width) for place in range(width)]
+    return [group for ranks in (rows, columns) if (group := new_groups(ranks, "gloo")) is not None]
 
 
-def any_of(flag: bool, channel: Group) -> bool:
-    """Whether ``flag`` is set on any rank of a group on the CPU; one all-reduce of one integer."""
-    if channel is None:
-        return flag
+def any_of(flag: bool, channel: Sequence[Group]) -> bool:
+    """Whether ``flag`` is set on any rank: one integer, its maximum over this rank's row and then, of those, over its column."""
     found = torch.tensor([int(flag)])
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=channel)
+    for group in channel:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
     return bool(found)
 
 
