@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from megastab.config.errors import UserError
+from megastab.parallel.waiting import Counted, Waiting
 
 Group = Any  # torch.distributed.ProcessGroup, or None for a group of one
 Work = Any  # what an asynchronous collective returns
@@ -27,6 +28,12 @@ class PeerFailed(Exception):
     def __init__(self, message: str, exit_code: int = UserError.exit_code):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def count_waiting(waiting: Waiting | None) -> None:
+    """Have the time this process stands in the collectives of this file counted, or no longer."""
+    global dist
+    dist = torch.distributed if waiting is None else Counted(torch.distributed, waiting)  # type: ignore[assignment]
 
 
 def is_initialized() -> bool:
@@ -163,6 +170,12 @@ def sum_doubles_(values: Tensor, group: Group) -> None:
         staged = values.to(get_accelerator().current_device_name())
         dist.all_reduce(staged, group=group)
         values.copy_(staged)
+
+
+def gather_doubles(values: Sequence[float]) -> Tensor:
+    """Every rank's equally many ``values``, fp64 [ranks of the job, values], on the CPU of each; one all-gather."""
+    mine = torch.tensor([list(values)], dtype=torch.float64, device=get_accelerator().current_device_name())
+    return gather_rows(mine, job_group())[0].cpu()
 
 
 def own_channel() -> list[Group]:
