@@ -52,12 +52,24 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
         (Layout(2, zero=1), "AdamW", "bf16", "nan"),
         (Layout(2, tp=2, sp=True), "AdamW", "fp32", "huge"),
         (Layout(2, pp=2, accumulation=2), "AdamW", "fp32", "huge"),
+        (Layout(2, cp=2, zero=1), "AdamW", "bf16", "nan"),
         pytest.param(Layout(2, zero=3), "AdamW", "fp32", "nan", marks=pytest.mark.long),
         pytest.param(Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), "AdamW", "bf16", "nan", marks=pytest.mark.long),
         pytest.param(Layout(2, zero=2), "OrthoAdam", "bf16", "nan", marks=pytest.mark.long),
         pytest.param(Layout(2, zero=1), "AdamW", "fp16", "huge", marks=pytest.mark.long),
+        pytest.param(Layout(4, cp=2, pp=2, accumulation=2), "AdamW", "fp32", "huge", marks=pytest.mark.long),
     ],
-    ids=["dp2-zero1-bf16-nan", "tp2-huge", "pp2-huge", "zero3-nan", "tp2-pp2-bf16-nan", "ortho-zero2-nan", "fp16-huge"],
+    ids=[
+        "dp2-zero1-bf16-nan",
+        "tp2-huge",
+        "pp2-huge",
+        "cp2-nan",
+        "zero3-nan",
+        "tp2-pp2-bf16-nan",
+        "ortho-zero2-nan",
+        "fp16-huge",
+        "cp2-pp2-huge",
+    ],
 )
 def test_a_rewound_run_is_the_run_that_left_the_samples_out(layout: Layout, optimizer: str, dtype: str, kind: str, tmp_path: Path) -> None:
     rewound, clean = tmp_path / "rewound", tmp_path / "clean"
