@@ -6,8 +6,10 @@ Rows are dim 0. Every function takes its group; none reads a global one. A group
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +21,7 @@ from megastab.config.errors import UserError
 from megastab.parallel.waiting import Counted, Waiting
 
 Group = Any  # torch.distributed.ProcessGroup, or None for a group of one
+Store = Any  # torch.distributed.Store: a table all ranks read and write
 Work = Any  # what an asynchronous collective returns
 
 
@@ -44,6 +47,17 @@ def is_initialized() -> bool:
 def world() -> tuple[int, int]:
     """(rank, number of ranks) of the job; (0, 1) outside one."""
     return (dist.get_rank(), dist.get_world_size()) if is_initialized() else (0, 1)
+
+
+def job_store(keeps: bool, seconds: float) -> Store:
+    """The store at MASTER_ADDR:MASTER_PORT that the backend will meet at too, by names of this start of the job (a restart has its own).
+
+    ``keeps``: this process serves it, to the backend as well. Nobody is waited for.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    world_size, patience = int(os.environ["WORLD_SIZE"]), timedelta(seconds=seconds)
+    store = dist.TCPStore(address, port, world_size, keeps, patience, wait_for_workers=False, multi_tenant=True)
+    return dist.PrefixStore(f"megastab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def group_size(group: Group) -> int:

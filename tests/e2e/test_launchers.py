@@ -103,3 +103,11 @@ def test_only_a_saved_job_is_queued_again(tmp_path: Path, slurm: dict[str, str],
     assert done.code == int(code), done.text
     log = tmp_path / "scontrol.log"
     assert (log.read_text().split() == ["requeue", "4711"]) if is_queued_again else not log.exists()
+
+
+def test_a_hostfile_that_cannot_be_used_starts_nothing(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 slots=2\r\n127.0.0.1 slots=two\r\n")
+    done = run("bash", "run_scripts/multi_node.sh", "any.json", HOSTFILE=str(hosts), NODE_RANK="0", MASTER_ADDR="127.0.0.1")
+    assert done.code == 2 and done.text.count("error: ") == 1 and "line 2, '127.0.0.1 slots=two'" in done.text, done.text
+    assert "launch.py" not in done.text

@@ -81,6 +81,7 @@ BUFFERED: dict[int, dict[str, dict[str, Any]]] = {
         "zero3 alone": {**BF16, **zero(3, **BUCKET), **cut(2)},
         "zero3, bucket below a matrix": {**BF16, **zero(3, reduce_bucket_size=20_000)},
     },
+    3: {"zero3 bf16, unequal shares of a matrix above the bucket": {**BF16, **zero(3, reduce_bucket_size=20_000)}},
     4: {"zero1 stages": {**zero(1, **BUCKET), **cut(pipeline=2)}, "bf16 stages": {**BF16, **zero(1), **cut(pipeline=2)}},
 }
 
