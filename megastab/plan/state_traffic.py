@@ -28,7 +28,7 @@ from megastab.plan.zero import FP32, bucket_elements, kept_whole, weight_bytes, 
 
 def state_traffic(config: Config, stage: Stage) -> Iterator[Transfer]:
     """Reduction over data-parallel ranks, and publication of the updated weights."""
-    if config.layout.data == 1:
+    if config.layout.copies == 1:
         return
     kind, n, times = wrapper_kind(config), stage.elements, config.accumulation
     if kind == "zero3":
@@ -44,7 +44,7 @@ def state_traffic(config: Config, stage: Stage) -> Iterator[Transfer]:
 
 
 def _zero3(config: Config, stage: Stage) -> Iterator[Transfer]:
-    dp, size, times = config.layout.data, weight_bytes(config), config.accumulation
+    dp, size, times = config.layout.copies, weight_bytes(config), config.accumulation
     bucket = bucket_elements(config)
     whole = sum(_padded(weight, dp) for weight in stage.weights)
     yield Transfer("gradients", "reduce_scatter", "data", FP32 * whole * times, -(-whole // bucket) * times)
