@@ -50,14 +50,16 @@ def start(config: dict[str, Any]) -> Job:
 
     loaded = load_config(config)
     parallel, model = loaded.megastab.parallel, loaded.megastab.model
-    grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, model.num_kv_heads)
+    grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, model.num_kv_heads, parallel.context)
     built = build(loaded, grid)
     batches = Batches(
         SyntheticSource(),
         micro_batch=loaded.micro_batch,
         accumulation=loaded.accumulation,
-        dp_rank=grid.dp.rank,
-        dp_size=grid.dp.size,
+        dp_rank=grid.samples.rank,
+        dp_size=grid.samples.size,
+        cp_rank=grid.cp.rank,
+        cp_size=grid.cp.size,
         document_mask=loaded.megastab.data.document_mask,
     )
     stepper = Stepper(built.engine, loaded, grid)

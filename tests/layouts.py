@@ -52,6 +52,7 @@ class Layout:
     sp: bool = False
     zero: int = 0
     accumulation: int = 1
+    cp: int = 1
     recompute: str = "none"
     offload: bool = False
     offload_param: bool = False
@@ -61,10 +62,11 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        return self.world // (self.tp * self.pp)
+        return self.world // (self.tp * self.pp * self.cp)
 
     def __str__(self) -> str:
         words = [f"tp{self.tp}" if self.tp > 1 else "", f"pp{self.pp}" if self.pp > 1 else "", "sp" if self.sp else ""]
+        words += [f"cp{self.cp}" if self.cp > 1 else ""]
         words += [f"dp{self.dp}" if self.dp > 1 else "", f"zero{self.zero}" if self.zero else "", "offload" if self.offload else ""]
         words += ["params" if self.offload_param else ""]
         words += [f"accumulate{self.accumulation}" if self.accumulation > 1 else "", self.recompute if self.recompute != "none" else ""]
@@ -90,7 +92,13 @@ def config_of(layout: Layout, optimizer: str = "AdamW", dtype: str = "fp32", **c
         "gradient_clipping": 0.0,
         "megastab": {
             "model": copy.deepcopy(LLAMA),
-            "parallel": {"tensor": layout.tp, "pipeline": layout.pp, "sequence": layout.sp, "recompute": layout.recompute},
+            "parallel": {
+                "tensor": layout.tp,
+                "pipeline": layout.pp,
+                "sequence": layout.sp,
+                "context": layout.cp,
+                "recompute": layout.recompute,
+            },
             "schedule": {"kind": "cosine", "warmup_steps": 2},
             "run": {"total_steps": STEPS, "resume": "none", "compile": layout.compile},
         },

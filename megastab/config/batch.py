@@ -45,6 +45,8 @@ def _size(deepspeed: dict[str, Any], key: str) -> int | None:
 def _mismatch(deepspeed: dict[str, Any], train: int, micro: int, accumulation: int, layout: Layout) -> str:
     keys = (TRAIN, MICRO, ACCUMULATION)
     said = ", ".join(f"{key} = {'not given' if deepspeed.get(key) is None else deepspeed[key]}" for key in keys)
+    cut = " / ".join(f"{name} {size}" for name, size in (("world", layout.world), ("tensor", layout.tensor), ("pipeline", layout.pipeline)))
+    cut += f" / context {layout.context}" if layout.context > 1 else ""
     has_micro, has_accumulation = deepspeed.get(MICRO) is not None, deepspeed.get(ACCUMULATION) is not None
     # A size that was not given may follow the batch, so that it does not coarsen what the batch can be.
     unit = (micro if has_micro else 1) * (accumulation if has_accumulation or not has_micro else 1) * layout.data
@@ -53,8 +55,8 @@ def _mismatch(deepspeed: dict[str, Any], train: int, micro: int, accumulation: i
     if has_micro and train % layout.data == 0:
         fits += _other_fits(train // layout.data, micro, has_accumulation)
     return (
-        f"the batch sizes do not fit: {said}, and data-parallel ranks = {layout.data} (world {layout.world} / tensor {layout.tensor} / "
-        f"pipeline {layout.pipeline}); {TRAIN} must be micro batch x accumulation x data-parallel ranks. "
+        f"the batch sizes do not fit: {said}, and data-parallel ranks = {layout.data} ({cut}); {TRAIN} must be micro batch x accumulation "
+        f"x data-parallel ranks. "
         f"The nearest fit is {', or '.join(fits)}."
     )
 

@@ -29,6 +29,14 @@ class Config:
     """The division of the ranks."""
 
     @property
+    def for_engine(self) -> dict[str, Any]:
+        """``deepspeed`` as its engine can take it. DeepSpeed counts the ranks of a sequence among the data-parallel ones, since they
+        work on the same weights; its global batch, which nothing uses, would come out ``context`` times as large."""
+        if self.layout.context == 1:
+            return self.deepspeed
+        return {**self.deepspeed, "train_batch_size": self.global_batch * self.layout.context}
+
+    @property
     def precision(self) -> str:
         """``fp32``, ``bf16`` or ``fp16``."""
         return precision_of(self.deepspeed)

@@ -1,7 +1,8 @@
-"""How the ranks of a run are divided: world = tensor x pipeline x data."""
+"""How the ranks of a run are divided: world = tensor x context x data x pipeline."""
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -12,12 +13,20 @@ from megastab.config.schema import ParallelConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the three axes; their product is ``world``."""
+    """Sizes of the axes; their product is ``world``."""
 
     world: int
     tensor: int
     pipeline: int
     data: int
+    """Shares a step's samples are cut into."""
+    context: int = 1
+    """Ranks that share each sequence."""
+
+    @property
+    def copies(self) -> int:
+        """Ranks that work on the same weights: what gradients are summed over, and ZeRO cuts the optimizer over."""
+        return self.data * self.context
 
 
 def world_from_environment() -> int:
@@ -34,11 +43,13 @@ def divide(world: int, parallel: ParallelConfig) -> Layout:
     """The layout of ``world`` ranks; data parallelism is what remains."""
     if world < 1:
         raise UserError(f"the number of ranks is {world}: WORLD_SIZE, or world_size, must be 1 or more.")
-    model_ranks = parallel.tensor * parallel.pipeline
-    if world % model_ranks:
+    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+    ranks = math.prod(sizes.values())
+    if world % ranks:
+        named = {name: size for name, size in sizes.items() if size > 1 or name != "context"}
+        said = " times ".join(f"megastab.parallel.{name} = {size}" for name, size in named.items())
         raise UserError(
-            f"megastab.parallel.tensor = {parallel.tensor} times megastab.parallel.pipeline = {parallel.pipeline} is {model_ranks}, "
-            f"which does not divide the {world} ranks of this run. Start a multiple of {model_ranks} ranks "
-            f"(deepspeed --num_gpus {-(-world // model_ranks) * model_ranks} ...), or lower tensor or pipeline."
+            f"{said} is {ranks}, which does not divide the {world} ranks of this run. Start a multiple of {ranks} ranks "
+            f"(deepspeed --num_gpus {-(-world // ranks) * ranks} ...), or lower {' or '.join(named)}."
         )
-    return Layout(world=world, tensor=parallel.tensor, pipeline=parallel.pipeline, data=world // model_ranks)
+    return Layout(world, parallel.tensor, parallel.pipeline, world // ranks, parallel.context)

@@ -115,6 +115,36 @@ def _kv_heads_over_tensor(facts: Facts) -> str | None:
     )
 
 
+def _heads_over_context(facts: Facts) -> str | None:
+    context, tensor, model = facts.layout.context, facts.layout.tensor, facts.megastab.model
+    heads, kv_heads = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
+    if context == 1 or any(rule(facts) for rule in (_query_groups, _heads_over_tensor, _kv_heads_over_tensor)):
+        return None  # which heads there are is decided first
+    fits = [size for size in range(1, heads + 1) if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)]
+    if context in fits:
+        return None
+    fits = [size for size in fits if model.max_seq_len % size == 0]
+    now = [str(size) for size in fits if facts.layout.copies % size == 0]
+    others = [str(size) for size in fits if facts.layout.copies % size]
+    more = f", or on another number of ranks {' or '.join(others)}" if others else ""
+    return (
+        f"megastab.parallel.context = {context} gives each rank of a sequence its own attention heads, and of the "
+        f"megastab.model.num_heads = {model.num_heads} over megastab.parallel.tensor = {tensor} there are {heads} (with {kv_heads} of "
+        f"megastab.model.num_kv_heads = {model.num_kv_heads}): use context = {' or '.join(now)}{more}."
+    )
+
+
+def _positions_over_context(facts: Facts) -> str | None:
+    context, length = facts.layout.context, facts.megastab.model.max_seq_len
+    if length % context == 0 or _heads_over_context(facts):
+        return None
+    step = context * (facts.layout.tensor if facts.megastab.parallel.sequence else 1)
+    return (
+        f"megastab.model.max_seq_len = {length} is not a multiple of megastab.parallel.context = {context}, which cuts it: "
+        f"use max_seq_len = {steps_of(length, step) * step}."
+    )
+
+
 def _ffn_over_tensor(facts: Facts) -> str | None:
     width, tensor = facts.megastab.model.ffn_hidden_size, facts.layout.tensor
     if width % tensor == 0:
@@ -158,13 +188,15 @@ def _pipeline_with_zero(facts: Facts) -> str | None:
 
 def _sequence_slices(facts: Facts) -> str | None:
     tensor, length = facts.layout.tensor, facts.megastab.model.max_seq_len
-    micro = facts.deepspeed["train_micro_batch_size_per_gpu"]
-    if not facts.megastab.parallel.sequence or (micro * length) % tensor == 0:
+    micro, context = facts.deepspeed["train_micro_batch_size_per_gpu"], facts.layout.context
+    tokens = micro * (length // context)
+    if not facts.megastab.parallel.sequence or tokens % tensor == 0 or length % context:
         return None
+    share = f" / megastab.parallel.context = {context}" if context > 1 else ""
     return (
-        f"megastab.parallel.sequence cuts the {micro} x {length} tokens of a micro-batch (train_micro_batch_size_per_gpu x "
-        f"megastab.model.max_seq_len) over megastab.parallel.tensor = {tensor} ranks, and {micro * length} is not a multiple of {tensor}: "
-        f"use max_seq_len = {steps_of(length, tensor) * tensor}."
+        f"megastab.parallel.sequence cuts the {micro} x {length // context} tokens of a micro-batch (train_micro_batch_size_per_gpu x "
+        f"megastab.model.max_seq_len{share}) over megastab.parallel.tensor = {tensor} ranks, and {tokens} is not a multiple of {tensor}: "
+        f"use max_seq_len = {steps_of(length, tensor * context) * tensor * context}."
     )
 
 
@@ -282,6 +314,8 @@ RULES: tuple[Rule, ...] = (
     _query_groups,
     _heads_over_tensor,
     _kv_heads_over_tensor,
+    _heads_over_context,
+    _positions_over_context,
     _ffn_over_tensor,
     vocabulary_over_tensor,
     _layers_over_stages,

@@ -169,7 +169,7 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is cut. Data parallelism is what remains: world / (tensor x pipeline)."""
+    """How the model is cut. Data parallelism is what remains: world / (tensor x pipeline x context)."""
 
     tensor: PositiveInt = 1
     """Ranks that share each matrix; keep it inside a node."""
@@ -177,6 +177,9 @@ class ParallelConfig(Section):
     """Stages of consecutive layers (DeepSpeed's 1F1B); needs ZeRO 0 or 1."""
     sequence: bool = False
     """Split norms, dropout and the residual stream over the tensor-parallel ranks by token."""
+    context: PositiveInt = 1
+    """Ranks that share each sequence: each works on its own positions, and attention on all positions of its own heads (Ulysses, arXiv
+    2309.14509: an all-to-all on either side). For sequences whose activations one rank cannot hold; at most num_heads / tensor."""
     recompute: Recompute = "none"
     """``selective``: recompute attention and the MLP activation in backward; ``full``: recompute whole blocks."""
     activation_offload: ActivationOffloadConfig = ActivationOffloadConfig()

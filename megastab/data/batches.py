@@ -1,4 +1,5 @@
-"""Micro-batches of one data-parallel rank. The exact position in the data is one integer, the count of consumed samples.
+"""Micro-batches of one data-parallel rank, or of one of the ranks that share its sequences. The exact position in the data is one
+integer, the count of consumed samples.
 
 A step takes the next micro_batch * accumulation * dp_size samples from ``consumed`` on that are not left out, whatever the layout;
 micro-batch m of rank r takes ``micro_batch`` of them from place ``(m * dp_size + r) * micro_batch`` of that list on. Shapes: B
@@ -31,7 +32,18 @@ class MicroBatch:
     sample_ids: Tensor
     """int64 [B]: global sample index, the key of dropout."""
     document_ids: Tensor | None
-    """int32 [B, S], ascending from 0 in each row; only with a document mask."""
+    """int32 [B, S], ascending from 0 in each row, of the whole sequence where ranks share it; only with a document mask."""
+    first_position: int = 0
+    """Position of the first column of tokens, labels and weights in its sample: not 0 where ranks share a sequence."""
+
+    def share(self, rank: int, size: int) -> MicroBatch:
+        """The positions of rank ``rank`` of the ``size`` that share each sequence."""
+        if size == 1:
+            return self
+        length = self.tokens.shape[1] // size
+        first = rank * length
+        tokens, labels, weights = (x[:, first : first + length].contiguous() for x in (self.tokens, self.labels, self.weights))
+        return MicroBatch(tokens, labels, weights, self.sample_ids, self.document_ids, first)
 
 
 def assemble(source: SampleSource, first: int, count: int, document_mask: bool, stop: int | None = None) -> MicroBatch:
@@ -73,12 +85,15 @@ class Batches:
         document_mask: bool,
         start: int = 0,
         skips: Skips | None = None,
+        cp_rank: int = 0,
+        cp_size: int = 1,
     ) -> None:
         self.source = source
         self.micro_batch = micro_batch
         self.accumulation = accumulation
         self.dp_rank = dp_rank
         self.dp_size = dp_size
+        self.cp_rank, self.cp_size = cp_rank, cp_size
         self.document_mask = document_mask
         self.consumed = start
         """One past the last sample taken, those left out included."""
@@ -97,7 +112,8 @@ class Batches:
         self.last_step = int(taken[0]), int(taken[-1])
         self.consumed = self.last_step[1] + 1
         of_rank = taken.reshape(self.accumulation, self.dp_size, self.micro_batch)[:, self.dp_rank]
-        return [assemble_samples(self.source, samples, self.document_mask) for samples in of_rank]
+        whole = (assemble_samples(self.source, samples, self.document_mask) for samples in of_rank)
+        return [batch.share(self.cp_rank, self.cp_size) for batch in whole]
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,8 @@ class Evaluation:
     dp_rank: int
     dp_size: int
     document_mask: bool
+    cp_rank: int = 0
+    cp_size: int = 1
 
     def __len__(self) -> int:
         return -(-self.num_samples // (self.micro_batch * self.dp_size))
@@ -120,7 +138,8 @@ class Evaluation:
     def __iter__(self) -> Iterator[MicroBatch]:
         for number in range(len(self)):
             first = (number * self.dp_size + self.dp_rank) * self.micro_batch
-            yield assemble(self.source, first, self.micro_batch, self.document_mask, stop=self.num_samples)
+            whole = assemble(self.source, first, self.micro_batch, self.document_mask, stop=self.num_samples)
+            yield whole.share(self.cp_rank, self.cp_size)
 
 
 def evaluation_batches(
@@ -131,7 +150,9 @@ def evaluation_batches(
     dp_rank: int,
     dp_size: int,
     document_mask: bool,
+    cp_rank: int = 0,
+    cp_size: int = 1,
 ) -> Evaluation:
     """``run.eval_samples`` samples, or as many as the first epoch has; open the source with ``shuffle=False``."""
     available = min(num_samples, source.first_epoch_samples)
-    return Evaluation(source, available, micro_batch, dp_rank, dp_size, document_mask)
+    return Evaluation(source, available, micro_batch, dp_rank, dp_size, document_mask, cp_rank, cp_size)

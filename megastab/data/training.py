@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megastab.config.config import Config
 from megastab.config.errors import UserError
@@ -10,6 +11,7 @@ from megastab.data.batches import Batches, Evaluation, evaluation_batches
 from megastab.data.blend import Blend, open_blend
 from megastab.data.sidecar import read_sidecar
 from megastab.data.tokenizer import Tokenizer
+from megastab.parallel.grid import Axis
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,14 @@ class Sources:
     valid_text: TextFacts | None
     tokenizer: str | None
 
-    def cut(self, config: Config, dp_rank: int, dp_size: int) -> TrainingData:
-        """This data-parallel rank's share."""
-        mask, micro = config.megastab.data.document_mask, config.micro_batch
-        batches = Batches(
-            self.train, micro_batch=micro, accumulation=config.accumulation, dp_rank=dp_rank, dp_size=dp_size, document_mask=mask
-        )
+    def cut(self, config: Config, samples: Axis, context: Axis) -> TrainingData:
+        """The share of the rank that has its place in ``samples`` among a step's samples and in ``context`` among their positions."""
+        share: dict[str, Any] = {"micro_batch": config.micro_batch, "document_mask": config.megastab.data.document_mask}
+        share |= {"dp_rank": samples.rank, "dp_size": samples.size, "cp_rank": context.rank, "cp_size": context.size}
+        batches = Batches(self.train, accumulation=config.accumulation, **share)
         valid = None
         if self.valid is not None:
-            samples = config.megastab.run.eval_samples
-            valid = evaluation_batches(self.valid, samples, micro_batch=micro, dp_rank=dp_rank, dp_size=dp_size, document_mask=mask)
+            valid = evaluation_batches(self.valid, config.megastab.run.eval_samples, **share)
         return TrainingData(batches, valid, self.valid_text, self.tokenizer)
 
 

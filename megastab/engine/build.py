@@ -61,16 +61,16 @@ def build_module(config: Config, grid: Grid, is_new: bool = True) -> nn.Module:
             init_weights(module, block.model, block.run.seed, where)
 
     if grid.pp.size > 1:
-        specs, costs = layer_specs(block, grid.tp)
+        specs, costs = layer_specs(block, grid.tp, grid.cp)
         with quiet():
             module: nn.Module = StagedModule(specs, costs, grid.topology(), pipeline_loss(block, grid.tp))
         fill(module)
     elif config.zero_stage == 3:
-        with quiet(), partitioned_build(config.deepspeed, grid):
-            module = Transformer(block, grid.tp)
+        with quiet(), partitioned_build(config.for_engine, grid):
+            module = Transformer(block, grid.tp, grid.cp)
         fill(module, held)
     else:
-        module = Transformer(block, grid.tp)
+        module = Transformer(block, grid.tp, grid.cp)
         fill(module)
     return module
 
@@ -99,7 +99,7 @@ def watch_logits(module: nn.Module, config: Megastab, grid: Grid) -> QKClip | No
     for attention in module.modules():
         if isinstance(attention, Attention):
             attention.logits = LargestLogits(wanted.threshold)
-            watched.append(WatchedLayer(attention.layer, grid.tp.rank * attention.num_heads, attention.logits))
+            watched.append(WatchedLayer(attention.layer, attention.first_head(grid.tp, grid.cp), attention.logits))
     heads = (model.num_layers, model.num_heads, model.num_kv_heads, model.head_dim)
     return QKClip(wanted.threshold, wanted.balance, heads, watched, collectives.job_group())
 
@@ -125,7 +125,7 @@ def build(config: Config, grid: Grid, is_new: bool = True) -> Built:
             model=module.to(get_accelerator().current_device_name()) if config.zero_stage < 3 else module,
             optimizer=optimizer,
             lr_scheduler=schedule,
-            config=config.deepspeed,
+            config=config.for_engine,
             mpu=grid.mpu() if grid.pp.size == 1 else None,
         )
     adapter = bind(engine, grid)

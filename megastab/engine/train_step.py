@@ -34,7 +34,7 @@ class Stepper:
         self._share, self._loss = 1, math.nan
         self.has_documents = config.megastab.data.document_mask
         self.has_dropout = config.megastab.model.dropout > 0.0
-        self.sides = Sides(config.megastab, grid.tp)
+        self.sides = Sides(config.megastab, grid.tp, grid.cp)
         self.device = get_accelerator().current_device_name()
 
     def train(self, batches: Sequence[MicroBatch]) -> float:

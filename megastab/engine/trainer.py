@@ -101,11 +101,12 @@ class Trainer:
     def announce(self) -> None:
         """Say on the console what will run, and keep the resolved config."""
         config, layout = self.config, self.config.layout
+        shared = f"context {layout.context} x " if layout.context > 1 else ""
         self.folder.write_config(config.resolved())
         wrapper = type(self.engine.optimizer).__name__
         self.folder.say(
             f"{num_parameters(config.megastab.model) / 1e6:.1f} M parameters, {config.precision}; tensor {layout.tensor} x pipeline "
-            f"{layout.pipeline} x data {layout.data}, ZeRO {config.zero_stage} ({wrapper}); {config.tokens_per_step} tokens a step"
+            f"{layout.pipeline} x {shared}data {layout.data}, ZeRO {config.zero_stage} ({wrapper}); {config.tokens_per_step} tokens a step"
         )
         for completion in config.completions:
             self.folder.say(f"  set {completion.key} = {completion.value}: {completion.reason}")

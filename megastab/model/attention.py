@@ -18,9 +18,10 @@ from megastab.model.logit_watch import LargestLogits
 from megastab.model.qk_norm import build_qk_norms
 from megastab.model.rope import rope_table, rotate, rotate_split
 from megastab.model.sinks import build_sink
-from megastab.parallel.grid import TensorParallel, kv_copies
+from megastab.parallel.grid import Axis, TensorParallel, kv_copies
 from megastab.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megastab.parallel.param_info import Part
+from megastab.parallel.ulysses import own_heads, to_heads, to_positions
 
 Call = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]  # q [B, N, S, H], k and v [B, K, L, H], mask -> [B, N, S, H]
 Term = Tensor | tuple[Tensor, Tensor] | None  # of the sink: its logit [N], or its key and value [K, H]; None where it has no parameters
@@ -62,13 +63,17 @@ class Attention(nn.Module):
         """Whether :meth:`mix` calls modules that hold parameters."""
         return self.q_norm is not None or self.sink is not None
 
+    def first_head(self, tp: TensorParallel, cp: Axis) -> int:
+        """Of the model's query heads, the first that this rank attends with."""
+        return tp.rank * self.num_heads + cp.rank * (self.num_heads // cp.size)
+
     def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         """[T, D] -> (q+k+v [G, (N+2K)*H]), or (q [G, N*H], k+v [G, 2*K*H]) where ranks share KV heads; the first with the gate's rows
         behind, [G, N] or [G, N*H]."""
         return (self.qkv(x_TD),) if self.copies == 1 else (self.q(x_TD), self.kv(x_TD))
 
     def mix(self, projected: tuple[Tensor, ...], context: Context, cache: KVCache | None = None) -> Tensor:
-        """Normalise, rotate, attend and gate: -> [G, N*H]. Only ``qk_norm: full`` communicates."""
+        """Normalise, rotate, attend and gate: -> [G, N*H]. Only ``qk_norm: full`` and ranks that share a sequence communicate."""
         gate_GM = None
         if self.gates:
             first, gate_GM = projected[0].split((projected[0].shape[1] - self.gates, self.gates), dim=1)
@@ -76,10 +81,12 @@ class Attention(nn.Module):
         q_BSNH, k_BSKH, v_BSKH = self.heads(projected, context)
         if cache is not None:
             k_BSKH, v_BSKH = cache.append(k_BSKH, v_BSKH)
-        term = self._term(q_BSNH)
+        # From here on S is the whole sequence and N and K this rank's share of the heads, where ranks share a sequence.
+        q_BSNH, k_BSKH, v_BSKH = to_heads(q_BSNH, k_BSKH, v_BSKH, context.cp)
+        term = self._term(q_BSNH, context.cp)
         if self.look is not None and cache is None:
             self.look(q_BSNH, k_BSKH, term, context)
-        out_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, context.document_ids, self._call(q_BSNH, term))
+        out_BSNH = to_positions(attend(q_BSNH, k_BSKH, v_BSKH, context.document_ids, self._call(q_BSNH, term)), context.cp)
         out_GX = out_BSNH.reshape(context.batch * context.seq, -1)
         return out_GX if gate_GM is None else _gated(out_GX, gate_GM)
 
@@ -102,12 +109,13 @@ class Attention(nn.Module):
                 q_BSNH, k_BSKH = rotate(q_BSNH, table), rotate(k_BSKH, table)
         return q_BSNH, k_BSKH, v_BSKH
 
-    def _term(self, like: Tensor) -> Term:
-        """What the sink's parameters add, its key normed as the others are."""
+    def _term(self, like: Tensor, cp: Axis) -> Term:
+        """What the sink's parameters add to the heads that are here, its key normed as the others are."""
         term: Term = None if self.sink is None else self.sink(like)
-        if isinstance(term, tuple) and self.k_norm is not None:
-            return self.k_norm(term[0][None, None])[0, 0], term[1]
-        return term
+        if isinstance(term, tuple):
+            key_KH = term[0] if self.k_norm is None else self.k_norm(term[0][None, None])[0, 0]
+            return own_heads(key_KH, cp), own_heads(term[1], cp)
+        return None if term is None else own_heads(term, cp)
 
     def _call(self, like: Tensor, term: Term) -> Call:
         """Attention with this layer's sink, cap and watch."""

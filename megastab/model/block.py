@@ -39,7 +39,7 @@ class Dropout(nn.Module):
             return x_TD
         tokens_T = context.local_tokens(tp, x_TD.device)
         samples_T = context.sample_ids[tokens_T // context.seq]
-        return rng.dropout(x_TD, self.rate, self.site, samples_T, tokens_T % context.seq)
+        return rng.dropout(x_TD, self.rate, self.site, samples_T, tokens_T % context.seq + context.first_position)
 
 
 class Block(nn.Module):

@@ -18,7 +18,7 @@ from megastab.model.counts import entrance, has_final_norm, layer_costs
 from megastab.model.embedding import EmbeddingScale, Head, Positions, TokenEmbedding, tied_head
 from megastab.model.loss import cross_entropy
 from megastab.model.norms import build_norm
-from megastab.parallel.grid import TensorParallel
+from megastab.parallel.grid import ALONE, Axis, TensorParallel
 
 Payload = Tensor | tuple[Tensor, ...]
 
@@ -26,10 +26,11 @@ Payload = Tensor | tuple[Tensor, ...]
 class Sides:
     """Packs and unpacks what travels beside the residual stream."""
 
-    def __init__(self, config: Megastab, tp: TensorParallel):
+    def __init__(self, config: Megastab, tp: TensorParallel, cp: Axis):
+        self.cp = cp
         self.has_samples = config.model.dropout > 0.0
         self.has_documents = config.data.document_mask
-        self.seq = config.model.max_seq_len
+        self.seq = config.model.max_seq_len // cp.size
         self.share = tp.size if tp.sequence else 1
 
     def pack(self, x: Tensor, sample_ids: Tensor | None, document_ids: Tensor | None) -> Payload:
@@ -57,7 +58,8 @@ class Layer(nn.Module):
     def forward(self, payload: Payload) -> Payload:
         """Residual stream and sides in, the same out."""
         x_TD, rest, samples, documents = self.sides.unpack(payload)
-        context = Context(x_TD.shape[0] * self.sides.share // self.sides.seq, self.sides.seq, samples, documents)
+        sides = self.sides
+        context = Context.of_share(sides.cp, x_TD.shape[0] * sides.share // sides.seq, sides.seq, samples, documents)
         out = self.inner(x_TD, context) if isinstance(self.inner, (Block, Positions)) else self.inner(x_TD)
         return (out, *rest) if rest else out
 
@@ -88,11 +90,11 @@ class _Head(Head):
         return super().forward(payload[0] if isinstance(payload, tuple) else payload)
 
 
-def layer_specs(config: Megastab, tp: TensorParallel) -> tuple[list[Any], list[int]]:
+def layer_specs(config: Megastab, tp: TensorParallel, cp: Axis = ALONE) -> tuple[list[Any], list[int]]:
     """DeepSpeed layer specifications and the cost of each, from which stages are cut without building anything."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
-    model, seed, sides = config.model, config.run.seed, Sides(config, tp)
+    model, seed, sides = config.model, config.run.seed, Sides(config, tp, cp)
 
     def spec(build: Callable[[], nn.Module]) -> Any:
         return LayerSpec(Layer, build, sides)

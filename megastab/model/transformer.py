@@ -12,17 +12,17 @@ from megastab.model.embedding import EmbeddingScale, Head, Positions, TokenEmbed
 from megastab.model.kv_cache import KVCache
 from megastab.model.loss import cross_entropy, soft_cap
 from megastab.model.norms import build_norm
-from megastab.parallel.grid import ALONE, TensorParallel
+from megastab.parallel.grid import ALONE, Axis, TensorParallel
 
 
 class Transformer(nn.Module):
     """GPT or LLaMA. Called with targets it returns the weighted sum of their losses; ``logits`` is the network alone."""
 
-    def __init__(self, config: Megastab, tp: TensorParallel = ALONE):
+    def __init__(self, config: Megastab, tp: TensorParallel = ALONE, cp: Axis = ALONE):
         super().__init__()
         model, seed = config.model, config.run.seed
         self.config: ModelConfig = model
-        self.tp, self.z_loss = tp, config.loss.z_loss
+        self.tp, self.cp, self.z_loss = tp, cp, config.loss.z_loss
         self.embedding = TokenEmbedding(model, tp)
         layers = entrance(model)
         self.scale = EmbeddingScale(model, tp) if "scale" in layers else nn.Identity()
@@ -40,9 +40,10 @@ class Transformer(nn.Module):
         sample_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
-        """[B, S] ids and targets -> sum of ``weights`` times losses (fp32 scalar, equal on every tp rank)."""
+        """[B, S] ids and targets, S this rank's positions of each sample -> sum of ``weights`` times losses (fp32 scalar, equal on every tp
+        rank)."""
         batch, seq = tokens.shape
-        context = Context(batch, seq, sample_ids, document_ids)
+        context = Context.of_share(self.cp, batch, seq, sample_ids, document_ids)
         logits_GV = self._uncapped(tokens, context)
         model = self.config
         return cross_entropy(logits_GV, labels, weights, model.vocab_size or 0, self.z_loss, self.tp, model.logit_softcap)

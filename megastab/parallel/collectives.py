@@ -5,8 +5,11 @@ Rows are dim 0. Every function takes its group; none reads a global one. A group
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +21,7 @@ from megastab.config.errors import UserError
 from megastab.parallel.waiting import Counted, Waiting
 
 Group = Any  # torch.distributed.ProcessGroup, or None for a group of one
+Store = Any  # torch.distributed.Store: a table all ranks read and write
 Work = Any  # what an asynchronous collective returns
 
 
@@ -45,6 +49,17 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if is_initialized() else (0, 1)
 
 
+def job_store(keeps: bool, seconds: float) -> Store:
+    """The store at MASTER_ADDR:MASTER_PORT that the backend will meet at too, by names of this start of the job (a restart has its own).
+
+    ``keeps``: this process serves it, to the backend as well. Nobody is waited for.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    world_size, patience = int(os.environ["WORLD_SIZE"]), timedelta(seconds=seconds)
+    store = dist.TCPStore(address, port, world_size, keeps, patience, wait_for_workers=False, multi_tenant=True)
+    return dist.PrefixStore(f"megastab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def group_size(group: Group) -> int:
     """Ranks in ``group``."""
     return 1 if group is None else dist.get_world_size(group)
@@ -60,11 +75,11 @@ def job_group() -> Group:
     return dist.group.WORLD if world()[1] > 1 else None
 
 
-def new_groups(ranks_by_group: Sequence[Sequence[int]]) -> Group:
+def new_groups(ranks_by_group: Sequence[Sequence[int]], backend: str | None = None) -> Group:
     """Make disjoint groups (collective over the whole job); return this rank's, or None if it would be alone in it."""
     if max(len(ranks) for ranks in ranks_by_group) == 1:
         return None
-    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_by_group])
+    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_by_group], backend=backend)
     return mine
 
 
@@ -127,6 +142,15 @@ def exchange_rows(rows: Tensor, send: Sequence[int], receive: Sequence[int], gro
     return out, dist.all_to_all_single(out, staged.contiguous(), list(receive), list(send), group=group, async_op=True)
 
 
+def exchange_equal(tensor: Tensor, group: Group) -> Tensor:
+    """Give each rank of ``group`` its equal share of the rows and take its own from each, in rank order (all-to-all)."""
+    if group is None:
+        return tensor
+    out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, tensor.contiguous(), group=group)
+    return out
+
+
 def arrived_rows(rows: Tensor, work: Work | None, device: torch.device) -> Tensor:
     """Wait for :func:`exchange_rows`; the rows received, on ``device``."""
     wait(work)
@@ -168,17 +192,24 @@ def gather_doubles(values: Sequence[float]) -> Tensor:
     return gather_rows(mine, job_group())[0].cpu()
 
 
-def own_channel() -> Group:
-    """A group of all ranks beside the job's, on the CPU: what it sends waits for no kernel (collective over the job)."""
-    return dist.new_group(backend="gloo") if world()[1] > 1 else None
+def own_channel() -> list[Group]:
+    """Groups for :func:`any_of`, beside the job's and on the CPU: what they send waits for no kernel (collective over the job).
+
+    The ranks stand in a table, as near a square as their number divides into; a rank is in the group of its row and in that of its
+    column. One group of all would hold a connection for each pair of ranks, more than a process may have open from a thousand ranks on.
+    """
+    size = world()[1]
+    width = size // max(height for height in range(1, math.isqrt(size) + 1) if size % height == 0)
+    rows = [range(first, first + width) for first in range(0, size, width)]
+    columns = [range(place, size, width) for place in range(width)]
+    return [group for ranks in (rows, columns) if (group := new_groups(ranks, "gloo")) is not None]
 
 
-def any_of(flag: bool, channel: Group) -> bool:
-    """Whether ``flag`` is set on any rank of a group on the CPU; one all-reduce of one integer."""
-    if channel is None:
-        return flag
+def any_of(flag: bool, channel: Sequence[Group]) -> bool:
+    """Whether ``flag`` is set on any rank: one integer, its maximum over this rank's row and then, of those, over its column."""
     found = torch.tensor([int(flag)])
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=channel)
+    for group in channel:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
     return bool(found)
 
 

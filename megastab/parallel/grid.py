@@ -1,7 +1,9 @@
-"""From the launcher's ranks to the parallel layout: rank -> (pp, dp, tp), tp fastest, then dp, then pp.
+"""From the launcher's ranks to the parallel layout: rank -> (pp, dp, cp, tp), tp fastest, then cp, then dp, then pp.
 
-That order is both DeepSpeed's ``PipeModelDataParallelTopology`` and megatron-core's, so the two agree on every group. The process
-groups are megatron-core's ``HyperCommGrid`` ones, made once; DeepSpeed gets the layout as an ``mpu`` (pp = 1) or a topology (pp > 1).
+The cp ranks of a sequence work on the same weights as those of other samples do, so DeepSpeed is shown both as one data-parallel axis:
+it averages gradients and cuts the optimizer's states over it. The order is then both DeepSpeed's ``PipeModelDataParallelTopology`` and
+megatron-core's, so the two agree on every group. The process groups are megatron-core's ``HyperCommGrid`` ones, made once; DeepSpeed
+gets the layout as an ``mpu`` (pp = 1) or a topology (pp > 1).
 """
 
 from __future__ import annotations
@@ -49,27 +51,36 @@ class Grid:
 
     tp: TensorParallel = ALONE
     dp: Axis = Axis()
+    """All ranks that work on the same share of the weights, whether on other samples or on other positions of the same (dp x cp)."""
     pp: Axis = Axis()
+    cp: Axis = Axis()
+    """The ranks that share each sequence, within ``dp``."""
     model: Axis = Axis()
     """All ranks that hold parts of one copy of the model (tp x pp)."""
     stage: Axis = Axis()
     """All ranks that hold parts or copies of one pipeline stage (tp x dp)."""
 
+    @property
+    def samples(self) -> Axis:
+        """Which share of a step's samples this rank works on, of how many; no group."""
+        return Axis(self.dp.rank // self.cp.size, self.dp.size // self.cp.size)
+
     @classmethod
-    def create(cls, tensor: int = 1, pipeline: int = 1, sequence: bool = False, kv_heads: int | None = None) -> Grid:
+    def create(cls, tensor: int = 1, pipeline: int = 1, sequence: bool = False, kv_heads: int | None = None, context: int = 1) -> Grid:
         """Lay the job out and make its groups (collective). The job must be running (``deepspeed.init_distributed``).
 
         With ``kv_heads`` fewer than ``tensor``, neighbouring ranks share a head and get a group for its gradient.
         """
         rank, world = collectives.world()
-        data, rest = divmod(world, tensor * pipeline)
-        if rest or not data:
-            raise ValueError(f"{world} ranks cannot be cut into tensor {tensor} x pipeline {pipeline}")
+        samples, rest = divmod(world, tensor * context * pipeline)
+        if rest or not samples:
+            raise ValueError(f"{world} ranks cannot be cut into tensor {tensor} x context {context} x pipeline {pipeline}")
         if world == 1:
             return cls()
         from megatron.core.hyper_comm_grid import HyperCommGrid  # slow to import, and foreign models never need it
 
-        mesh = HyperCommGrid([tensor, data, pipeline], ["tp", "dp", "pp"])
+        mesh = HyperCommGrid([tensor, context, samples, pipeline], ["tp", "cp", "dp", "pp"])
+        data = context * samples
 
         def group(*dims: str, size: int) -> Group:
             return mesh.create_pg(list(dims)) if size > 1 else None
@@ -79,10 +90,11 @@ class Grid:
         tp_rank, dp_rank, pp_rank = rank % tensor, rank // tensor % data, rank // (tensor * data)
         return cls(
             tp=TensorParallel(tp_rank, tensor, group("tp", size=tensor), sequence and tensor > 1, copies_group),
-            dp=Axis(dp_rank, data, group("dp", size=data)),
+            dp=Axis(dp_rank, data, group("cp", "dp", size=data)),
+            cp=Axis(dp_rank % context, context, group("cp", size=context)),
             pp=Axis(pp_rank, pipeline, group("pp", size=pipeline)),
             model=Axis(pp_rank * tensor + tp_rank, tensor * pipeline, group("tp", "pp", size=tensor * pipeline)),
-            stage=Axis(dp_rank * tensor + tp_rank, tensor * data, group("tp", "dp", size=tensor * data)),
+            stage=Axis(dp_rank * tensor + tp_rank, tensor * data, group("tp", "cp", "dp", size=tensor * data)),
         )
 
     def topology(self) -> Any:

@@ -1,7 +1,7 @@
 """Bytes of activations one rank keeps for backward: an estimate, from the tensors our blocks save.
 
-Letters as in ``megastab.model``: G tokens of a micro-batch, T = G, or G / tp under sequence parallel, D residual width, a and k this
-rank's query and key channels, F its MLP channels, V its vocabulary rows, e bytes of an activation. Kept per block:
+Letters as in ``megastab.model``: G tokens of a micro-batch at this rank's positions, T = G, or G / tp under sequence parallel, D residual
+width, a and k this rank's query and key channels, F its MLP channels, V its vocabulary rows, e bytes of an activation. Kept per block:
 
 | recompute  | residual stream, T D e each    | attention, G e each                        | MLP, G e each                 |
 |------------|--------------------------------|--------------------------------------------|-------------------------------|
@@ -10,8 +10,11 @@ rank's query and key channels, F its MLP channels, V its vocabulary rows, e byte
 | full       | the block's input              |                                            |                               |
 
 plus, with an output gate, the gates and the gated output; with norms of queries and keys, these normed (gpt) and their inputs (by head);
-with a kv_bias, its logits; and what is small: statistics of norms and softmax, rotary tables, dropout's masks. Recompute brings one
-block's share back while its backward runs. Not counted: what a kernel allocates inside, and the allocator's fragments.
+with a kv_bias, its logits; and what is small: statistics of norms and softmax, rotary tables, dropout's masks. Where ranks share a
+sequence, attention keeps what the exchange brought, its own share of the heads at all positions (as much as its share of the positions
+with all heads, but for KV heads fewer than ranks, which go to several), and its output both as it left and as it came back; the fused
+projection only where norms of queries and keys look into it. Recompute brings one block's share back while its backward runs. Not counted:
+what a kernel allocates inside, what an exchange holds while it lasts, and the allocator's fragments.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from megastab.config.config import Config
 from megastab.config.schema import ModelConfig, Recompute
 from megastab.config.vocab import padded_vocab
 from megastab.model.counts import gate_rows, has_final_norm, learns_embedding_scale, norms_of_a_branch
-from megastab.plan.parameters import Stage, kv_width
+from megastab.plan.parameters import Stage, exchanged_kv_width, kv_width
 
 FP32 = 4
 INDEX = 8  # an int64 token id
@@ -52,24 +55,32 @@ class Shape:
 
     samples: int
     seq: int
+    """Positions of a whole sequence."""
     local_tokens: int
     """T: tokens on this rank's residual stream."""
     element: int
     """Bytes of an activation."""
     tensor: int
+    context: int
+    """Ranks that share each sequence."""
 
     @classmethod
     def of(cls, config: Config) -> Shape:
         """A training micro-batch."""
-        seq, tensor = config.megastab.model.max_seq_len, config.layout.tensor
-        tokens = config.micro_batch * seq
+        seq, tensor, context = config.megastab.model.max_seq_len, config.layout.tensor, config.layout.context
+        tokens = config.micro_batch * seq // context
         local = tokens // tensor if config.megastab.parallel.sequence else tokens
-        return cls(config.micro_batch, seq, local, FP32 if config.precision == "fp32" else 2, tensor)
+        return cls(config.micro_batch, seq, local, FP32 if config.precision == "fp32" else 2, tensor, context)
+
+    @property
+    def positions(self) -> int:
+        """Of each sample on this rank."""
+        return self.seq // self.context
 
     @property
     def tokens(self) -> int:
-        """G: tokens of the micro-batch."""
-        return self.samples * self.seq
+        """G: tokens of the micro-batch on this rank."""
+        return self.samples * self.positions
 
     def stream(self, model: ModelConfig) -> int:
         """Bytes of the residual stream."""
@@ -130,11 +141,14 @@ def _attention_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> 
     softmax = 2 * logits if model.sink == "kv_bias" else logits  # its own logits as well
     gated = gates + out if gates else 0
     is_normed, is_turned = model.qk_norm != "none", model.arch == "llama"
-    table = shape.seq * model.head_dim * shape.element if is_turned else 0
-    turned = shape.channels(q + kv) if is_turned or is_normed else 0  # what attention is given; without either, views
+    table = shape.positions * model.head_dim * shape.element if is_turned else 0
+    given = shape.channels(q + kv) if is_turned or is_normed else 0  # what attention is given; without either, views
     if is_turned and not is_normed and model.num_kv_heads < shape.tensor:
         fused = shape.channels(2 * kv)  # queries are projected apart, and nothing needs them unturned
-    return fused + _qk_norm_bytes(model, shape, q, kv) + turned + table + softmax + out + gated
+    if shape.context > 1:
+        given, out = shape.channels(q + 2 * exchanged_kv_width(model, shape.tensor, shape.context)), 2 * out
+        fused = fused if model.qk_norm == "full" else 0
+    return fused + _qk_norm_bytes(model, shape, q, kv) + given + table + softmax + out + gated
 
 
 def _qk_norm_bytes(model: ModelConfig, shape: Shape, q: int, kv: int) -> int:

@@ -39,7 +39,8 @@ def assumptions(cluster: Cluster) -> list[str]:
     """What a prediction rests on."""
     said = (
         f"A prediction, not a measurement. Assumed: {100 * cluster.efficiency:g} % of the peak outside communication; 1F1B at the pace of "
-        f"the slowest stage; rings at full link speed and {LATENCY * 1e6:g} us a doubling of ranks; tensor-parallel, pipeline and ZeRO 0-2 "
+        f"the slowest stage; rings at full link speed and {LATENCY * 1e6:g} us a doubling of ranks; tensor-parallel, "
+        "context-parallel, pipeline and ZeRO 0-2 "
         "traffic exposed, ZeRO 3's hidden as far as the products last. Not in it: the update, data, checkpoints, stragglers, contention."
     )
     return textwrap.wrap(said, 120)
@@ -88,6 +89,7 @@ def _traffic(config: Config, cluster: Cluster, stages: Sequence[Stage]) -> list[
 
 def _time(config: Config, predicted: Prediction) -> list[str]:
     rows = [["compute", seconds(predicted.compute)], ["tensor-parallel traffic", seconds(predicted.tensor)]]
+    rows += [["context-parallel traffic", seconds(predicted.context)]] if config.layout.context > 1 else []
     rows += [["pipeline traffic", seconds(predicted.pipeline)], ["pipeline bubble", seconds(predicted.bubble)]]
     rows += [["data-parallel traffic", seconds(predicted.data)], ["step", seconds(predicted.seconds)]]
     rate = amount(config.tokens_per_step / predicted.seconds)
@@ -103,7 +105,7 @@ def seconds(value: float) -> str:
 
 def found_page(found: Found, cluster: Cluster) -> str:
     """The fastest layouts, and why the others are out."""
-    rows = [["", "tp", "pp", "dp", "ZeRO", "recompute", "micro", "memory", "step", "MFU"]]
+    rows = [["", "tp", "cp", "pp", "dp", "ZeRO", "recompute", "micro", "memory", "step", "MFU"]]
     rows += [[f"{i}.", *cells(candidate)] for i, candidate in enumerate(found.fitting[:SHOWN], start=1)]
     lines = [describe(cluster), "", f"{len(found.fitting)} layouts fit; the fastest by prediction", *table(rows), ""]
     if found.reasons:
@@ -116,7 +118,7 @@ def cells(candidate: Candidate) -> list[str]:
     """A row of a table of layouts, from tp on."""
     config, layout = candidate.config, candidate.config.layout
     tensor = f"{layout.tensor} sp" if config.megastab.parallel.sequence else str(layout.tensor)
-    cut = [tensor, str(layout.pipeline), str(layout.data), str(config.zero_stage), config.megastab.parallel.recompute]
+    cut = [tensor, str(layout.context), str(layout.pipeline), str(layout.data), str(config.zero_stage), config.megastab.parallel.recompute]
     predicted = candidate.prediction
     return [*cut, str(config.micro_batch), size(candidate.budget.total), seconds(predicted.seconds), f"{100 * predicted.mfu:.1f} %"]
 
@@ -124,8 +126,9 @@ def cells(candidate: Candidate) -> list[str]:
 def in_words(config: Config) -> str:
     """A layout in a phrase."""
     layout, parallel = config.layout, config.megastab.parallel
+    shared = f"context {layout.context} x " if layout.context > 1 else ""
     return (
-        f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, ZeRO {config.zero_stage}, recompute "
+        f"tensor {layout.tensor} x {shared}pipeline {layout.pipeline} x data {layout.data}, ZeRO {config.zero_stage}, recompute "
         f"{parallel.recompute}, micro-batch {config.micro_batch}"
     )
 

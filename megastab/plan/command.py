@@ -99,7 +99,7 @@ def _uncut(path: str, overrides: Sequence[str]) -> list[str]:
     apply_overrides(written, overrides)
     if written.get("train_batch_size") is None:
         raise UserError("--search compares layouts of one global batch: give train_batch_size (in the file, or train_batch_size=1024).")
-    keys = {"tensor": "1", "pipeline": "1", "sequence": "false"}
+    keys = {"tensor": "1", "pipeline": "1", "context": "1", "sequence": "false"}
     batch = ["train_micro_batch_size_per_gpu=1", "gradient_accumulation_steps=null"]
     return [*(f"megastab.parallel.{key}={value}" for key, value in keys.items()), *batch]
 

@@ -42,9 +42,10 @@ def _head(plan: Plan) -> list[str]:
     layout, batch = plan.layout, plan.batch
     sequence = ", sequence parallel" if layout["sequence"] else ""
     ranks = "rank" if layout["world"] == 1 else "ranks"
+    shared = f"context {layout['context']} x " if layout["context"] > 1 else ""
     facts = {
         "model": f"{plan.model}; {amount(plan.parameters)} parameters",
-        "layout": f"{layout['world']} {ranks} = tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"
+        "layout": f"{layout['world']} {ranks} = tensor {layout['tensor']} x {shared}pipeline {layout['pipeline']} x data {layout['data']}"
         f"{sequence}",
         "engine": f"{plan.precision}, ZeRO {plan.zero_stage}, DeepSpeed wrapper: {plan.wrapper}; {plan.optimizer}",
         "batch": f"{batch['global']} samples = micro-batch {batch['micro']} x accumulation {batch['accumulation']} x data {batch['data']}",

@@ -80,7 +80,7 @@ class ActivationWatch:
     def _see(self, place: Place, _: nn.Module, __: Any, output: Tensor) -> None:
         if place not in self._sketches and self._batch is not None:
             first = self.grid.tp.rank * output.shape[0] if self.grid.tp.sequence else 0
-            self._sketches[place] = sketch(output, first, self._batch.tokens.shape[1])
+            self._sketches[place] = sketch(output, first, self._batch.tokens.shape[1], self._batch.first_position)
 
     # -- over ranks ----------------------------------------------------------------------------------------------------
 
@@ -107,6 +107,7 @@ class ActivationWatch:
             if magnitude >= 0:
                 sample, position = divmod(int(token), seq)
                 ids = int(self._batch.sample_ids[sample]), int(self._batch.tokens[sample, position])
+                position += self._batch.first_position
                 out[row] = torch.tensor([1.0, value, ids[0], position, channel, ids[1]], dtype=torch.float64)
         return out
 

@@ -36,8 +36,8 @@ class AttentionWatch:
         layers = [layer for layer in module.modules() if isinstance(layer, Attention)]
         heads_here = max((layer.num_heads for layer in layers), default=0)
         self._num_heads = grid.tp.size * max(collectives.gather_objects_in(heads_here, grid.pp.group))  # over pp: a stage may have no block
-        self._num_layers, self._first_head = num_layers, grid.tp.rank * heads_here
-        self._watched = layers if grid.dp.rank == 0 else []  # where the first sample of the step is
+        self._num_layers, self._first_head = num_layers, layers[0].first_head(grid.tp, grid.cp) if layers else 0
+        self._watched = layers if grid.samples.rank == 0 else []  # where the first sample of the step is
         self._found: dict[int, Tensor] = {}
 
     @contextmanager
@@ -56,7 +56,7 @@ class AttentionWatch:
     def _see(self, layer: Attention, q_BSNH: Tensor, k_BSKH: Tensor, term: Term, context: Context) -> None:
         layer.look = None
         q_SNH, k_SKH, documents = q_BSNH[0].detach(), k_BSKH[0].detach(), context.document_ids
-        last_Q = query_positions(context.seq)
+        last_Q = query_positions(len(q_SNH))
         here_Q = last_Q.to(q_SNH.device)
         first_Q = torch.zeros_like(here_Q) if documents is None else first_keys(documents[0])[here_Q]
         q_QNH = q_SNH[here_Q]

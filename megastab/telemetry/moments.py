@@ -92,13 +92,14 @@ def is_massive(largest: float, median: float) -> bool:
 
 
 @torch.no_grad()
-def sketch(x_TD: Tensor, first_token: int = 0, seq: int | None = None) -> Sketch:
+def sketch(x_TD: Tensor, first_token: int = 0, seq: int | None = None, first_position: int = 0) -> Sketch:
     """Look at one activation.
 
     Args:
         x_TD: [T, D], any floating dtype.
         first_token: place of its first row among the tokens of the micro-batch.
         seq: S; token t is position t % S of its sample. None: only token 0 is a first one.
+        first_position: what those positions count from; above 0 none is a first one.
     """
     tokens, width = x_TD.shape
     keys = torch.zeros(1 << 15, dtype=torch.int64, device=x_TD.device)
@@ -109,7 +110,7 @@ def sketch(x_TD: Tensor, first_token: int = 0, seq: int | None = None) -> Sketch
         largest_T[rows] = _largest(chunk)
         squares_T[rows], kurtosis_T[rows] = _row_moments(chunk, largest_T[rows])
     token_T = torch.arange(first_token, first_token + tokens, device=x_TD.device)
-    is_first_T = token_T == 0 if seq is None else token_T % seq == 0
+    is_first_T = (token_T == 0 if seq is None else token_T % seq == 0) & (first_position == 0)
     scalars = [*_counts(keys), squares_T.double().sum(), *_average(kurtosis_T, is_first_T), *_average(kurtosis_T, ~is_first_T)]
     bins = keys[_FIRST_BIN : _FIRST_BIN + NUM_BINS]
     return Sketch(torch.cat([bins.double(), torch.stack([s.double() for s in scalars])]), _top(x_TD.detach(), largest_T, first_token))

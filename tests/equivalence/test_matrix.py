@@ -140,6 +140,7 @@ TP2_SP, TP4_SP = Layout(2, tp=2, sp=True), Layout(4, tp=4, sp=True)
 TP2_PP2, TP2_PP2_SP = Layout(4, tp=2, pp=2, accumulation=2), Layout(4, tp=2, pp=2, sp=True, accumulation=2)
 Z1_DP2, Z2_DP2, Z3_DP2 = Layout(2, zero=1), Layout(2, zero=2), Layout(2, zero=3)
 Z1_PP2_DP2 = Layout(4, pp=2, zero=1, accumulation=2)
+CP2, CP4, CP2_PP2, CP2_TP2_SP = Layout(2, cp=2), Layout(4, cp=4), Layout(4, cp=2, pp=2, accumulation=2), Layout(4, tp=2, cp=2, sp=True)
 
 FP32 = [
     *rows("llama", TP2, TP4, PP2, DP2, Layout(3), TP2_SP, TP4_SP, TP2_PP2, TP2_PP2_SP, Layout(4, tp=2), Layout(4, tp=2, sp=True)),
@@ -204,6 +205,23 @@ FP32 = [
     *rows("qk_clip", Layout(2, tp=2, sp=True, compile=True), Layout(2, tp=2, sp=True, recompute="selective")),
     *rows("qk_clip_documents_tvr", TP2_PP2_SP, Layout(2, accumulation=3), Z3_DP2),
     *rows("gpt_qk_clip", TP2_PP2_SP, Layout(2, zero=2, offload=True)),
+    *rows("llama", CP2, CP4, CP2_TP2_SP, CP2_PP2, Layout(2, cp=2, accumulation=3), Layout(4, cp=2), Layout(4, cp=2, zero=1)),
+    *rows("llama", Layout(2, cp=2, zero=2), Layout(4, cp=2, zero=3), Layout(2, cp=2, compile=True), Layout(2, cp=2, zero=3, compile=True)),
+    *rows("llama", *(Layout(2, cp=2, recompute=kind) for kind in ("selective", "full"))),
+    *rows("mqa", CP4, CP2_TP2_SP),
+    *rows("gqa2", CP4, Layout(4, tp=2, cp=2, zero=3)),
+    *rows("deep", Layout(4, cp=2, pp=2, accumulation=2, activations="ssd")),
+    *rows("gpt_documents_dropout", CP2, CP2_PP2, CP2_TP2_SP),
+    *rows("softmax1_capped", CP2, CP2_PP2),
+    *rows("learned_head_head", CP4, CP2_TP2_SP),
+    *rows("kv_bias_full_element", CP4, CP2_TP2_SP),
+    *rows("kv_bias_documents", CP2_PP2, Layout(4, cp=2, zero=3)),
+    *rows("gpt_kv_bias_head", CP2_TP2_SP),
+    *rows("stable", CP2, CP2_PP2, CP2_TP2_SP, Layout(4, cp=2, zero=1), Layout(4, cp=2, zero=3)),
+    *rows("zclip_parameter", CP2_TP2_SP, Layout(4, cp=2)),
+    *rows("qk_clip", CP2, CP4, CP2_TP2_SP, Layout(4, cp=2, zero=3)),
+    *rows("qk_clip_documents_tvr", CP2_PP2),
+    *rows("ortho_both", CP2_TP2_SP, Layout(4, cp=2, zero=3)),
     *rows("ortho", TP2, PP2, TP2_PP2_SP, DP2, Layout(4, tp=4), Z1_PP2_DP2),
     *rows("ortho_48", Z1_DP2, Z2_DP2, Z3_DP2, Layout(3, zero=3), Layout(4, tp=2, zero=3), Layout(2, zero=2, offload=True)),
     *rows("ortho_gated", TP2_PP2_SP, Layout(3, zero=3)),
@@ -224,6 +242,8 @@ LOW = [
     *rows("large_tied", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),  # ranks with nothing to count
     *rows("dropout", Layout(2, zero=1, accumulation=2), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="bf16"),
     *rows("llama", Layout(2, tp=2, zero=1), Z1_DP2, Z2_DP2, Z3_DP2, Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), dtype="fp16"),
+    *rows("llama", Layout(2, cp=2, zero=2), Layout(4, cp=2, pp=2, zero=1, accumulation=2), dtype="bf16"),
+    *rows("kv_bias_full_element", Layout(4, tp=2, cp=2, sp=True, zero=3), dtype="bf16"),
     *rows("softmax1_capped", Z1_DP2, dtype="bf16"),
     *rows("deep", Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2, activations="ssd"), dtype="bf16"),
     *rows("llama", Layout(2, zero=1, offload=True), Layout(2, zero=3, offload=True, offload_param=True), dtype="bf16"),

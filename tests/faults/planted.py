@@ -129,8 +129,9 @@ def train_synthetic(config: dict[str, Any], fault: BadSamples) -> dict[str, Any]
     fault.plant()
     loaded = load_config(config)
     parallel = loaded.megastab.parallel
-    grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, loaded.megastab.model.num_kv_heads)
-    sizes = {"micro_batch": loaded.micro_batch, "accumulation": loaded.accumulation, "dp_rank": grid.dp.rank, "dp_size": grid.dp.size}
+    grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, loaded.megastab.model.num_kv_heads, parallel.context)
+    sizes = {"micro_batch": loaded.micro_batch, "accumulation": loaded.accumulation}
+    sizes |= {"dp_rank": grid.samples.rank, "dp_size": grid.samples.size, "cp_rank": grid.cp.rank, "cp_size": grid.cp.size}
     batches = Batches(SyntheticSource(), document_mask=loaded.megastab.data.document_mask, **sizes)
     trainer = Trainer(loaded, grid, TrainingData(batches))
     trainer.announce()

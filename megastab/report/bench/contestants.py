@@ -50,7 +50,7 @@ class Ours:
 
     def fetcher(self) -> Callable[[], MicroBatch]:
         """The trainer's own data path."""
-        batches = open_training_data(self.config)[1].cut(self.config, self.grid.dp.rank, self.grid.dp.size).train
+        batches = open_training_data(self.config)[1].cut(self.config, self.grid.samples, self.grid.cp).train
         return lambda: batches.next_step()[0]
 
 

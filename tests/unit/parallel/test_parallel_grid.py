@@ -9,15 +9,15 @@ import pytest
 from tests.ranks import run_ranks
 
 
-def where_am_i(tensor: int, pipeline: int) -> dict[str, Any]:
+def where_am_i(tensor: int, pipeline: int, context: int) -> dict[str, Any]:
     """On a rank: our place and groups, DeepSpeed's topology's and megatron-core's."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
     from megastab.parallel.grid import Grid
 
-    grid = Grid.create(tensor, pipeline, sequence=True, kv_heads=1)
-    parallel_state.initialize_model_parallel(tensor, pipeline)
+    grid = Grid.create(tensor, pipeline, sequence=True, kv_heads=1, context=context)
+    parallel_state.initialize_model_parallel(tensor, pipeline, context_parallel_size=context)
 
     def members(group: Any) -> list[int]:
         return [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
@@ -33,16 +33,23 @@ def where_am_i(tensor: int, pipeline: int) -> dict[str, Any]:
         "deepspeed": (coordinate.model, coordinate.data, coordinate.pipe),
         "megatron": (
             parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_rank(with_context_parallel=True),
             parallel_state.get_pipeline_model_parallel_rank(),
         ),
         "groups": [members(axis.group) for axis in (grid.tp, grid.dp, grid.pp)],
         "deepspeed_groups": [along("model"), along("data"), along("pipe")],
         "megatron_groups": [
             members(parallel_state.get_tensor_model_parallel_group()),
-            members(parallel_state.get_data_parallel_group()),
+            members(parallel_state.get_data_parallel_group(with_context_parallel=True)),
             members(parallel_state.get_pipeline_model_parallel_group()),
         ],
+        "context": (grid.cp.rank, grid.samples.rank, grid.samples.size, members(grid.cp.group)),
+        "megatron_context": (
+            parallel_state.get_context_parallel_rank(),
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+            members(parallel_state.get_context_parallel_group()),
+        ),
         "model": members(grid.model.group),
         "megatron_model": members(parallel_state.get_model_parallel_group()),
         "model_rank": grid.model.rank,
@@ -51,12 +58,27 @@ def where_am_i(tensor: int, pipeline: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2), (4, 2, 1), (4, 1, 2)])
-def test_places_and_groups_agree(world: int, tensor: int, pipeline: int) -> None:
-    ranks = run_ranks(world, where_am_i, tensor, pipeline)
+@pytest.mark.parametrize(
+    ("world", "tensor", "pipeline", "context"),
+    [
+        (2, 2, 1, 1),
+        (2, 1, 2, 1),
+        (2, 1, 1, 1),
+        (4, 2, 2, 1),
+        (4, 2, 1, 1),
+        (4, 1, 2, 1),
+        (4, 1, 1, 2),
+        (4, 2, 1, 2),
+        (4, 1, 2, 2),
+        (8, 2, 1, 2),
+    ],
+)
+def test_places_and_groups_agree(world: int, tensor: int, pipeline: int, context: int) -> None:
+    ranks = run_ranks(world, where_am_i, tensor, pipeline, context)
     assert len({rank["place"] for rank in ranks}) == world
     for rank in ranks:
         assert rank["place"] == rank["deepspeed"] == rank["megatron"]
+        assert rank["context"] == rank["megatron_context"]
         assert rank["groups"] == rank["deepspeed_groups"] == rank["megatron_groups"]
         assert sorted(rank["model"]) == sorted(rank["megatron_model"])
         assert rank["model"].index(ranks.index(rank)) == rank["model_rank"]
@@ -67,7 +89,7 @@ def test_places_and_groups_agree(world: int, tensor: int, pipeline: int) -> None
 def bad_cut() -> str:
     from megastab.parallel.grid import Grid
 
-    with pytest.raises(ValueError, match="2 ranks cannot be cut into tensor 3 x pipeline 1") as caught:
+    with pytest.raises(ValueError, match="2 ranks cannot be cut into tensor 3 x context 1 x pipeline 1") as caught:
         Grid.create(3)
     return str(caught.value)
 
