@@ -96,6 +96,14 @@ def _prune(folder: Path, newest: str, keep_last: int | None, keep_every: int | N
                 shutil.rmtree(old, ignore_errors=True)
 
 
+def name_as_latest(where: Path) -> None:
+    """Do what a crash kept from being done: have ``latest`` name a checkpoint that already has its own name (on one rank)."""
+    if where in unnamed(where.parent):
+        write_text(where.parent / LATEST, where.name)
+        settle(where.parent)
+        (where.parent / NEXT).unlink(missing_ok=True)
+
+
 def go_back(where: Path) -> None:
     """Make ``where`` the newest checkpoint of its folder (on one rank): those after it, of steps taken back, are deleted."""
     (where.parent / NEXT).unlink(missing_ok=True)

@@ -123,6 +123,8 @@ class Trainer:
             self.forget_after(0)  # of a run that ended before its first checkpoint
             return
         manifest = self.load(self.origin)
+        if self.folder.is_writer and self.origin.parent == self.checkpoints:
+            store.name_as_latest(self.origin)
         self.leave_out(Skips.of(manifest.skips))
         for change in self.built.controller.load_state_dict(manifest.stability):
             self.folder.event(Event(self.step, "settings", change))
