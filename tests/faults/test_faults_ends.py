@@ -46,9 +46,15 @@ def uninterrupted(config: dict[str, Any], kept: dict[str, Any], folder: Path) ->
         own["megastab"]["run"]["dir"] = str(folder / "whole")
         codes, text = run_to_its_end(own, folder / "whole.log")
         assert codes == [0, 0], text
-        kept["curve"] = curve(folder / "whole")
+        kept["curve"], kept["evaluations"] = curve(folder / "whole"), evaluations(folder / "whole")
     found: list[tuple[int, float, float, float]] = kept["curve"]
     return found
+
+
+def evaluations(run: Path) -> list[tuple[int, float]]:
+    """Step and validation loss of every evaluation of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +77,7 @@ def test_asked_to_stop_it_saves_leaves_and_goes_on_later(
     codes, text = run_to_its_end(config, tmp_path / "second.log")
     assert codes == [0, 0] and f"at step {stopped_at}," in text, text
     assert curve(run) == expected
+    assert evaluations(run) == whole["evaluations"] and [step for step, _ in evaluations(run)] == [4, 8]  # one cut off is made up for
 
 
 @pytest.mark.parametrize(("method", "step", "first"), [("take_step", 2, 4), ("evaluate", 4, 4)], ids=["training", "evaluating"])
