@@ -31,6 +31,8 @@ class Slow:
     """``forward``: of its first block; ``data``: of its source of samples; ``backward``: of its first block's gradient."""
     steps: range = range(1, 100)
     seconds: float = SLEEP_SECONDS
+    everyone: float = 0.0
+    """Seconds that every rank's forward sleeps in every step: what the machine adds by accident is small beside them."""
     on_a_stream: bool = False
     """The clock is an accelerator's; see :func:`on_a_stream`."""
 
@@ -63,6 +65,29 @@ def on_a_stream() -> None:
     waiting.clock_of_device = waiting.StreamClock  # type: ignore[assignment]
 
 
+def plan_sleeps(trainer: Any, slow: Slow | None) -> None:
+    from megastab.model.block import Block
+    from megastab.parallel import collectives
+
+    if slow is None:
+        return
+
+    def sleep(*_: Any) -> None:
+        if collectives.world()[0] == slow.rank and trainer.step + 1 in slow.steps:
+            time.sleep(slow.seconds)
+
+    block = next(module for module in trainer.engine.module.modules() if isinstance(module, Block))
+    block.register_forward_pre_hook(lambda *_: time.sleep(slow.everyone))
+    if slow.where == "forward":
+        block.register_forward_pre_hook(sleep)
+    elif slow.where == "backward":
+        block.register_full_backward_hook(sleep)
+    else:
+        batches = trainer.data.train
+        next_step = batches.next_step
+        batches.next_step = lambda: (sleep(), next_step())[1]  # type: ignore[func-returns-value]
+
+
 def train(config: dict[str, Any], slow: Slow | None) -> dict[str, Any]:
     """A run on this rank; what it is told to have, and whether its collectives were counted."""
     from deepspeed.comm import comm
@@ -71,7 +96,6 @@ def train(config: dict[str, Any], slow: Slow | None) -> dict[str, Any]:
     from megastab.data.batches import Batches
     from megastab.data.training import TrainingData
     from megastab.engine.trainer import Trainer
-    from megastab.model.block import Block
     from megastab.parallel import collectives
     from megastab.parallel.grid import Grid
     from megastab.parallel.waiting import Counted
@@ -87,21 +111,7 @@ def train(config: dict[str, Any], slow: Slow | None) -> dict[str, Any]:
     sizes = {"micro_batch": loaded.micro_batch, "accumulation": loaded.accumulation, "dp_rank": grid.dp.rank, "dp_size": grid.dp.size}
     batches = Batches(SyntheticSource(), document_mask=False, **sizes)
     trainer = Trainer(loaded, grid, TrainingData(batches))
-    mine = slow if slow is not None and collectives.world()[0] == slow.rank else None
-
-    def sleep(*_: Any) -> None:
-        if mine is not None and trainer.step + 1 in mine.steps:
-            time.sleep(mine.seconds)
-
-    if mine is not None and mine.where == "data":
-        next_step = batches.next_step
-        batches.next_step = lambda: (sleep(), next_step())[1]  # type: ignore[func-returns-value,method-assign]
-    elif mine is not None:
-        block = next(module for module in trainer.engine.module.modules() if isinstance(module, Block))
-        if mine.where == "forward":
-            block.register_forward_pre_hook(sleep)
-        else:
-            block.register_full_backward_hook(sleep)
+    plan_sleeps(trainer, slow)
     trainer.announce()
     trainer.resume()
     trainer.train()
@@ -129,7 +139,6 @@ def run(folder: Path, layout: Layout, slow: Slow | None, over: float = 1.0, **ch
     ("layout", "dtype", "slow"),
     [
         (Layout(2), "fp32", Slow(1)),
-        (Layout(2), "fp32", Slow(1, "backward")),
         (Layout(2), "fp32", Slow(0, "data")),
         (Layout(2, tp=2), "bf16", Slow(1)),
         (Layout(2, zero=3), "fp32", Slow(0)),
@@ -152,7 +161,7 @@ def test_the_slow_rank_is_named_once(tmp_path: Path, layout: Layout, dtype: str,
     assert told["ratio"] == pytest.approx(told["own_seconds"] / told["median_seconds"])
 
 
-@pytest.mark.parametrize("layout", [Layout(2), Layout(2, zero=2), Layout(2, zero=3)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(2), Layout(2, zero=3)], ids=str)
 def test_the_slow_rank_is_named_by_a_streams_clock(tmp_path: Path, layout: Layout) -> None:
     slow = Slow(1, on_a_stream=True)
     ranks, events, windows = run(tmp_path / "run", layout, slow, ds__zero_optimization={"overlap_comm": True})
@@ -162,23 +171,21 @@ def test_the_slow_rank_is_named_by_a_streams_clock(tmp_path: Path, layout: Layou
 
 
 def test_one_slow_step_names_nobody_and_no_slow_rank_neither(tmp_path: Path) -> None:
-    # Three times its peers for most of a window would have to come by accident.
-    slow = Slow(1, steps=range(STEPS, STEPS + 1), seconds=5 * SLEEP_SECONDS)
+    slow = Slow(1, steps=range(STEPS, STEPS + 1), seconds=2.0, everyone=0.2)
     ranks, events, windows = run(tmp_path / "run", Layout(2), slow, over=2.0)
     assert events == [] and all(found["is_counted"] for found in ranks)
-    assert max(windows[0]["own_seconds"]) < SLEEP_SECONDS
+    assert windows[0]["own_seconds"][1] < 2.0, "a median"
 
 
-def test_who_recovers_is_told_and_who_takes_the_place(tmp_path: Path) -> None:
-    slow = Slow(1, steps=range(1, STEPS + 1))
-    _, events, _ = run(tmp_path / "run", Layout(2), slow)
+def test_who_recovers_is_told(tmp_path: Path) -> None:
+    # Named from 2.5 times its peers on, well again below 1.75: alone 5 times and once.
+    slow = Slow(1, steps=range(1, STEPS + 1), seconds=1.0, everyone=0.25)
+    _, events, _ = run(tmp_path / "run", Layout(2), slow, over=1.5)
     assert [(event["step"], event["is_over"]) for event in events] == [(STEPS, False), (2 * STEPS, True)]
     assert events[1]["ranks"] == [1]
 
 
-@pytest.mark.parametrize(
-    ("layout", "dtype"), [(Layout(2, tp=2), "fp32"), (Layout(2, zero=3), "bf16"), (Layout(2, pp=2, accumulation=2), "bf16")], ids=str
-)
+@pytest.mark.parametrize(("layout", "dtype"), [(Layout(2, zero=3), "bf16"), (Layout(4, tp=2, pp=2, accumulation=2), "bf16")], ids=str)
 def test_counting_changes_no_number_and_off_counts_nothing(tmp_path: Path, layout: Layout, dtype: str) -> None:
     counted, _, windows = run(tmp_path / "on", layout, None, dtype=dtype)
     off = {"interval_steps": 100, "straggler": None}
