@@ -17,6 +17,7 @@ from megastab.config.errors import UserError
 from megastab.config.settings import offload_device
 from megastab.model.counts import flops_per_token, num_parameters
 from megastab.plan.activations import Activations, activations
+from megastab.plan.offload_text import offload_line
 from megastab.plan.parameters import Stage, Weight, decay_groups, stages
 from megastab.plan.states import States, states
 from megastab.wrappers.choice import wrapper_name
@@ -70,6 +71,8 @@ class Plan:
     bubble: float
     """Share of a step in which a pipeline stage has nothing to do."""
     recompute: str
+    offload: str
+    """Of activations, in words; empty where they stay."""
     stages: tuple[StagePlan, ...]
     groups: tuple[DecayGroup, ...]
     completions: tuple[Completion, ...]
@@ -115,6 +118,7 @@ def plan(config: Config) -> Plan:
         flops_per_token=flops_per_token(model),
         bubble=(layout.pipeline - 1) / (config.accumulation + layout.pipeline - 1),
         recompute=config.megastab.parallel.recompute,
+        offload=offload_line(config),
         stages=tuple(_stage_plan(config, stage) for stage in stages(model, layout)),
         groups=tuple(_groups(config)),
         completions=config.completions,

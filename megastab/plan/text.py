@@ -21,6 +21,7 @@ ROWS: tuple[tuple[str, Callable[[StagePlan], int]], ...] = (
     ("step workspace", lambda stage: stage.states.step_workspace),
     ("peak", lambda stage: stage.peak),
     ("on the host", lambda stage: stage.states.host),
+    ("activations outside", lambda stage: stage.activations.outside),
 )
 
 
@@ -53,6 +54,8 @@ def _head(plan: Plan) -> list[str]:
         "compute": f"{flops(plan.flops_per_token)} a token, {flops(plan.flops_per_step)} a step, "
         f"{flops(plan.flops_per_step * plan.steps)} in all (recompute not counted: {plan.recompute})",
     }
+    if plan.offload:
+        facts["offload"] = plan.offload
     if layout["pipeline"] != 1:
         facts["bubble"] = f"{100 * plan.bubble:.1f} % of a step (1F1B: stages wait to fill and drain)"
     return [_labelled(label, text) for label, text in facts.items()]
