@@ -97,8 +97,9 @@ class Manifest:
 
     def change_of_shape(self, wanted: Manifest) -> str:
         """How ``wanted`` is cut otherwise, in words; empty where it is not."""
-        names = [key for key in wanted.layout if key in _different(self.layout, wanted.layout)]
-        return ", ".join(f"{key} {self.layout.get(key)} -> {wanted.layout[key]}" for key in names)
+        saved = {"context": 1, **self.layout}  # it is younger than the format
+        names = [key for key in wanted.layout if key in _different(saved, wanted.layout)]
+        return ", ".join(f"{key} {saved.get(key)} -> {wanted.layout[key]}" for key in names)
 
 
 def _different(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

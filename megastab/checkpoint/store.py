@@ -161,12 +161,15 @@ def _candidates(folder: Path) -> list[Path]:
     return [folder / newest, *(path for path in finished if path.name < newest)]
 
 
-def newest_before(folder: Path, step: int, tell: Callable[[str], None] = lambda said: None) -> Path | None:
+def newest_before(folder: Path, step: int, tell: Callable[[str], None] = lambda said: None, origin: Path | None = None) -> Path | None:
     """The newest whole checkpoint made before ``step``, its files verified (collective over the job); None where there is none.
 
-    ``tell`` is given, on every rank, a sentence for each damaged one that was passed over.
+    ``tell`` is given, on every rank, a sentence for each damaged one that was passed over. ``origin`` is where the run began: another
+    run's checkpoint, it may be, which comes last.
     """
     made = sorted((path for path in folder.glob(TAGS) if (path / FILE).exists() and path.name < tag_of(step)), reverse=True)
+    if origin is not None and origin.parent != folder and origin.name < tag_of(step):
+        made.append(origin)
     for where in collectives.gather_objects(made)[0]:  # as the first rank sees them
         if not (faults := _damage(where)):
             return where

@@ -118,25 +118,30 @@ def _kv_heads_over_tensor(facts: Facts) -> str | None:
 def _heads_over_context(facts: Facts) -> str | None:
     context, tensor, model = facts.layout.context, facts.layout.tensor, facts.megastab.model
     heads, kv_heads = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
-    if context == 1 or model.num_heads % tensor:
-        return None
+    if context == 1 or any(rule(facts) for rule in (_query_groups, _heads_over_tensor, _kv_heads_over_tensor)):
+        return None  # which heads there are is decided first
     fits = [size for size in range(1, heads + 1) if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)]
     if context in fits:
         return None
+    fits = [size for size in fits if model.max_seq_len % size == 0]
+    now = [str(size) for size in fits if facts.layout.copies % size == 0]
+    others = [str(size) for size in fits if facts.layout.copies % size]
+    more = f", or on another number of ranks {' or '.join(others)}" if others else ""
     return (
         f"megastab.parallel.context = {context} gives each rank of a sequence its own attention heads, and of the "
         f"megastab.model.num_heads = {model.num_heads} over megastab.parallel.tensor = {tensor} there are {heads} (with {kv_heads} of "
-        f"megastab.model.num_kv_heads = {model.num_kv_heads}): use context = {' or '.join(str(size) for size in fits)}."
+        f"megastab.model.num_kv_heads = {model.num_kv_heads}): use context = {' or '.join(now)}{more}."
     )
 
 
 def _positions_over_context(facts: Facts) -> str | None:
     context, length = facts.layout.context, facts.megastab.model.max_seq_len
-    if length % context == 0:
+    if length % context == 0 or _heads_over_context(facts):
         return None
+    step = context * (facts.layout.tensor if facts.megastab.parallel.sequence else 1)
     return (
         f"megastab.model.max_seq_len = {length} is not a multiple of megastab.parallel.context = {context}, which cuts it: "
-        f"use max_seq_len = {steps_of(length, context) * context}."
+        f"use max_seq_len = {steps_of(length, step) * step}."
     )
 
 

@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from megastab.config.errors import UserError
 from megastab.config.ranks import adopt
+from megastab.engine.meeting import meet
 from megastab.engine.mpi import agree_on_address
 from megastab.engine.network import interface_towards
 from megastab.parallel import collectives
@@ -46,6 +47,7 @@ def start_job() -> None:
     if backend == "gloo" and (interface := interface_towards(os.environ["MASTER_ADDR"])):
         # Left alone gloo takes the address its host's name resolves to, which many systems set to loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    meet()
     with quiet():
         deepspeed.init_distributed(dist_backend=backend)
 

@@ -5,7 +5,7 @@ n parameters on the rank, m micro-batches, w bytes a weight; gradients travel in
 | wrapper        | gradients, data-parallel          | weights, data-parallel                                             |
 |----------------|-----------------------------------|--------------------------------------------------------------------|
 | none (fp32)    | all-reduce 4n a step              | -                                                                  |
-| BF16_Optimizer | all-reduce 4n a step              | all-gather 2n a step                                               |
+| BF16_Optimizer | all-reduce 4n a step, padded      | all-gather 2n a step                                               |
 | ZeRO 1         | all-reduce 4n a step              | all-gather w n a step                                              |
 | ZeRO 2         | all-reduce 4n a micro-batch       | all-gather w n a step                                              |
 | ZeRO 3         | reduce-scatter 4n a micro-batch   | all-gather by use (``plan.fetching``); the kept ones, once a step   |
@@ -36,9 +36,10 @@ def state_traffic(config: Config, stage: Stage) -> Iterator[Transfer]:
         return
     rounds = times if kind == "zero2" else 1
     bucket = bucket_elements(config) if config.zero_stage >= 1 and kind != "bf16" else ALLREDUCE_ELEMENTS
-    yield Transfer("gradients", "all_reduce", "data", FP32 * n * rounds, -(-n // bucket) * rounds)
+    flat = sum(padded_elements(config, stage))
+    sent = flat if kind == "bf16" else n  # BF16_Optimizer reduces its flat groups, padding and all
+    yield Transfer("gradients", "all_reduce", "data", FP32 * sent * rounds, -(-sent // bucket) * rounds)
     if kind != "plain":
-        flat = sum(padded_elements(config, stage))
         yield Transfer("updated weights", "all_gather", "data", weight_bytes(config) * flat, len(decay_groups_of(config, stage)))
 
 

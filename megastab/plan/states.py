@@ -114,7 +114,7 @@ def _buckets(config: Config, kind: str, groups: list[list[Weight]], stage: Stage
     bucket = bucket_elements(config)
     sent = max(min(n, bucket), *(weight.elements for weight in stage.weights))
     if kind == "zero3":
-        return FP32 * (bucket + sent)
+        return FP32 * (bucket + max(min(n, bucket), *(_sent_alone(weight.elements, config.layout.data) for weight in stage.weights)))
     staged = size if kind == "zero2" else FP32  # ZeRO 2 stages low-precision gradients, ZeRO 1 the fp32 sums
     copies = staged if staged == FP32 else staged + FP32
     if size == FP32 and config.layout.copies == 1:
@@ -122,6 +122,12 @@ def _buckets(config: Config, kind: str, groups: list[list[Weight]], stage: Stage
     # A pipeline's reduction allocates a buffer of its own beside the one that backward has left.
     buffers = 2 if overlaps(config) or config.layout.pipeline > 1 else 1
     return staged * bucket * buffers + copies * sent
+
+
+def _sent_alone(elements: int, dp: int) -> int:
+    """What ZeRO 3 copies of a parameter that goes by itself: its fp32 form, and that once more, padded, where shares are unequal."""
+    share = -(-elements // dp)
+    return elements if elements == share * dp else 2 * share * dp
 
 
 def _copied_to_reduce(flat_groups: list[int]) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from megastab.config.complete import sends_slices
 from megastab.config.config import Config
-from megastab.config.settings import read
+from megastab.config.settings import offload_device, read
 from megastab.plan.activations import FP32, INDEX, Shape
 from megastab.plan.parameters import Stage, exchanged_kv_width
 from megastab.plan.state_traffic import gradient_terms, state_traffic
@@ -137,8 +137,10 @@ def _scalars(config: Config, stage: Stage) -> Iterator[Transfer]:
 
 
 def _zero_scalars(config: Config, stage: Stage, wrapper: str, model_ranks: int) -> Iterator[Transfer]:
-    """ZeRO forms a norm for each decay group, in fp64 at stage 3, and looks for overflow in 16 bits (not bf16 at stage 3)."""
-    groups, norm = len(decay_groups_of(config, stage)), DOUBLE if wrapper == "zero3" else FP32
+    """ZeRO forms a norm for each decay group, in fp64 at stage 3 (but under offload), and looks for overflow in 16 bits (not bf16 at
+    stage 3)."""
+    offloads = offload_device(config.deepspeed, "optimizer") != "none"
+    groups, norm = len(decay_groups_of(config, stage)), DOUBLE if wrapper == "zero3" and not offloads else FP32
     looks = config.precision == "fp16" or (
         config.precision == "bf16" and wrapper != "zero3" and bool(read(config.deepspeed, "bf16.check_grad_overflow"))
     )

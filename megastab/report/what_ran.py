@@ -64,6 +64,8 @@ def _layout(config: dict[str, Any]) -> str:
     if not isinstance(parallel, dict) or not parallel:
         return ""
     sizes = {"tensor": parallel.get("tensor", 1), "pipeline": parallel.get("pipeline", 1)}
+    if parallel.get("context", 1) != 1:
+        sizes["context"] = parallel["context"]
     batch, micro, accumulation = (config.get(key) for key in BATCH)
     if all(isinstance(value, int) and value > 0 for value in (batch, micro, accumulation)):
         sizes["data"] = batch // (micro * accumulation)  # type: ignore[operator]

@@ -44,7 +44,7 @@ class RunFolder:
         """
         if not self.is_writer:
             return
-        for name in ("metrics.jsonl", "telemetry.jsonl"):
+        for name in ("metrics.jsonl", "telemetry.jsonl", "rank_times.jsonl"):
             self._rewrite(name, lambda line: line if _step_of(line) <= step else None)
         self._rewrite("events.jsonl", lambda line: line if _step_of(line) <= step else _undone(line))
 
@@ -72,6 +72,10 @@ class RunFolder:
     def sample(self, line: Mapping[str, Any]) -> None:
         """One line of telemetry.jsonl."""
         self._append("telemetry.jsonl", line)
+
+    def rank_times(self, line: Mapping[str, Any]) -> None:
+        """One line of rank_times.jsonl."""
+        self._append("rank_times.jsonl", line)
 
     def told(self) -> list[dict[str, Any]]:
         """The lines of events.jsonl that stand; none where this rank does not write, or the file cannot be read."""

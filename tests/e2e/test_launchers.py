@@ -63,8 +63,10 @@ def test_deepspeeds_openmpi_launcher(reference: dict, config_file: Path, tmp_pat
 
 FAKE_SRUN = """#!/usr/bin/env bash
 # Slurm's side of a step on one host, with the variables it sets: two tasks of the command that follows the options.
-[ -z "${FAKE_CODE:-}" ] || exit "$FAKE_CODE"
-while [[ "$1" == --* ]]; do shift; done
+# Where a task's code ends the others, theirs is what srun gives (Slurm 22.05 was seen to): 128 + SIGTERM.
+ended=143
+while [[ "$1" == --* ]]; do [ "$1" != --kill-on-bad-exit=0 ] || ended="${FAKE_CODE:-}"; shift; done
+[ -z "${FAKE_CODE:-}" ] || exit "$ended"
 export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS=2 SLURM_STEP_TASKS_PER_NODE="2" SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@"
@@ -101,3 +103,11 @@ def test_only_a_saved_job_is_queued_again(tmp_path: Path, slurm: dict[str, str],
     assert done.code == int(code), done.text
     log = tmp_path / "scontrol.log"
     assert (log.read_text().split() == ["requeue", "4711"]) if is_queued_again else not log.exists()
+
+
+def test_a_hostfile_that_cannot_be_used_starts_nothing(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 slots=2\r\n127.0.0.1 slots=two\r\n")
+    done = run("bash", "run_scripts/multi_node.sh", "any.json", HOSTFILE=str(hosts), NODE_RANK="0", MASTER_ADDR="127.0.0.1")
+    assert done.code == 2 and done.text.count("error: ") == 1 and "line 2, '127.0.0.1 slots=two'" in done.text, done.text
+    assert "launch.py" not in done.text

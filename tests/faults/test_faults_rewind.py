@@ -52,12 +52,24 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
         (Layout(2, zero=1), "AdamW", "bf16", "nan"),
         (Layout(2, tp=2, sp=True), "AdamW", "fp32", "huge"),
         (Layout(2, pp=2, accumulation=2), "AdamW", "fp32", "huge"),
+        (Layout(2, cp=2, zero=1), "AdamW", "bf16", "nan"),
         pytest.param(Layout(2, zero=3), "AdamW", "fp32", "nan", marks=pytest.mark.long),
         pytest.param(Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), "AdamW", "bf16", "nan", marks=pytest.mark.long),
         pytest.param(Layout(2, zero=2), "OrthoAdam", "bf16", "nan", marks=pytest.mark.long),
         pytest.param(Layout(2, zero=1), "AdamW", "fp16", "huge", marks=pytest.mark.long),
+        pytest.param(Layout(4, cp=2, pp=2, accumulation=2), "AdamW", "fp32", "huge", marks=pytest.mark.long),
     ],
-    ids=["dp2-zero1-bf16-nan", "tp2-huge", "pp2-huge", "zero3-nan", "tp2-pp2-bf16-nan", "ortho-zero2-nan", "fp16-huge"],
+    ids=[
+        "dp2-zero1-bf16-nan",
+        "tp2-huge",
+        "pp2-huge",
+        "cp2-nan",
+        "zero3-nan",
+        "tp2-pp2-bf16-nan",
+        "ortho-zero2-nan",
+        "fp16-huge",
+        "cp2-pp2-huge",
+    ],
 )
 def test_a_rewound_run_is_the_run_that_left_the_samples_out(layout: Layout, optimizer: str, dtype: str, kind: str, tmp_path: Path) -> None:
     rewound, clean = tmp_path / "rewound", tmp_path / "clean"
@@ -120,6 +132,21 @@ def test_a_checkpoint_takes_the_list_into_another_folder(tmp_path: Path) -> None
     run_ranks(1, train_synthetic, config_for(second, layout, run__resume=origin), BadSamples(BAD, "huge"))
     run_ranks(1, train_synthetic, config_for(clean, layout, data__skip=[LEFT_OUT]), BadSamples(NOTHING, "huge"))
     assert curve(second) == curve(clean)[3:] and events(second, "rewind") == []
+
+
+def test_before_its_first_checkpoint_a_run_goes_back_to_the_one_it_began_from(tmp_path: Path) -> None:
+    first, second, clean, layout = tmp_path / "first", tmp_path / "second", tmp_path / "clean", Layout(2, zero=1)
+    run_ranks(2, train_synthetic, config_for(first, layout), BadSamples(NOTHING, "huge"))
+    kept = {path: path.stat().st_mtime_ns for path in [first, *sorted(first.rglob("*"))]}
+    origin = first / "checkpoints" / "step00000002"  # of four: those after it are another run's and stay
+    config = config_for(second, layout, run__resume=str(origin), run__save_interval=None)
+    found = run_ranks(2, train_synthetic, config, BadSamples(BAD, "huge"))
+    expected = run_ranks(2, train_synthetic, config_for(clean, layout, data__skip=[LEFT_OUT]), BadSamples(NOTHING, "huge"))
+    assert curve(second) == curve(clean)[2:] and same(found, expected)
+    (event,) = events(second, "rewind")
+    assert (event["step"], event["to_step"], event["samples"]) == (5, 2, LEFT_OUT) and f"went back to {origin}," in event["reason"]
+    assert [each["step"] for each in events(second, "save")] == [2, 8]  # what a crash after going back would start from; the last
+    assert {path: path.stat().st_mtime_ns for path in [first, *sorted(first.rglob("*"))]} == kept
 
 
 def test_events_name_the_samples_of_a_step_with_gaps(tmp_path: Path) -> None:

@@ -83,6 +83,15 @@ def test_another_layout_and_precision_is_no_fault_but_told() -> None:
     assert a_manifest().change_of_shape(wanted) == said and a_manifest().change_of_shape(a_manifest()) == ""
 
 
+def test_checkpoint_from_before_ranks_shared_sequences_is_of_the_same_shape() -> None:
+    old = a_manifest()
+    del old.layout["context"]
+    assert old.change_of_shape(a_manifest()) == ""
+    shared = Manifest.of(load_config(config_of(Layout(2, cp=2)), world_size=2), 0, 0)
+    assert shared.layout["context"] == 2 and old.change_of_shape(shared) == "world 1 -> 2, context 1 -> 2"
+    assert shared.change_of_shape(a_manifest()) == "world 2 -> 1, context 2 -> 1"
+
+
 def test_checkpoint_of_deepspeeds_states_is_refused_with_its_format(tmp_path: Path) -> None:
     old = {key: value for key, value in asdict(a_manifest()).items() if key not in ("optimizer", "scalars", "files")}
     (tmp_path / manifest.FILE).write_text(json.dumps({**old, "format": 1}))

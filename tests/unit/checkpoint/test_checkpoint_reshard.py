@@ -25,6 +25,8 @@ BEFORE, AFTER = 3, 5  # steps
 MODEL = {**LLAMA, "num_kv_heads": 2, "tie_embeddings": True}
 TP4, TP2_PP2 = Layout(4, tp=4, sp=True), Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2)
 DP4_Z3, TP2_Z2, PP2_Z1 = Layout(4, zero=3), Layout(4, tp=2, zero=2), Layout(4, pp=2, zero=1)
+TP2_CP2, CP2_Z3 = Layout(4, tp=2, cp=2, sp=True), Layout(4, cp=2, zero=3)
+CP2_PP2 = Layout(4, cp=2, pp=2, zero=1, accumulation=2)
 LOW = {"tp4": Layout(4, tp=4, sp=True, zero=1), "dp4-offload": Layout(4, zero=2, offload=True), "tp2-zero3": Layout(4, tp=2, zero=3)}
 
 
@@ -46,6 +48,7 @@ FAMILIES = {
     "OrthoAdam": Family("OrthoAdam", {"tp4": TP4, "pp2-zero1": PP2_Z1, "dp4-zero3": DP4_Z3}),
     "OrthoAdam-both": Family("OrthoAdam", {"tp4": TP4, "tp2-pp2": TP2_PP2, "dp4-zero3": DP4_Z3}, params=(("axes", "both"),)),
     "bf16": Family("AdamW", {**LOW, "tp2-pp2": TP2_PP2}, "bf16", tolerance=2**-8),
+    "context": Family("AdamW", {"tp2-cp2": TP2_CP2, "cp2-zero3": CP2_Z3, "cp2-pp2": CP2_PP2, "tp2-pp2": TP2_PP2}),
     "SGD-fp16": Family("SGD", LOW, "fp16", tolerance=2**-8),
 }
 LONG = {"OrthoAdam-both", "SGD-fp16"}
@@ -157,19 +160,21 @@ def moved_to_each(family: Family, folder: str, targets: list[tuple[str, Layout, 
 
 
 @pytest.mark.parametrize(
-    ("world", "targets"),
+    ("name", "world", "targets"),
     [
-        (1, [("tp4", Layout(1)), ("tp2-pp2", Layout(1)), ("dp4-zero3", Layout(1, zero=2, offload=True))]),
-        (3, [("tp4", Layout(3, zero=2)), ("tp2-pp2", Layout(3, zero=3))]),
+        ("AdamW", 1, [("tp4", Layout(1)), ("tp2-pp2", Layout(1)), ("dp4-zero3", Layout(1, zero=2, offload=True))]),
+        ("AdamW", 3, [("tp4", Layout(3, zero=2)), ("tp2-pp2", Layout(3, zero=3))]),
+        ("context", 1, [("tp2-cp2", Layout(1)), ("cp2-zero3", Layout(1)), ("cp2-pp2", Layout(1, zero=2))]),
+        ("context", 2, [("cp2-zero3", Layout(2, cp=2, zero=2)), ("tp2-pp2", Layout(2, cp=2)), ("cp2-pp2", Layout(2, tp=2))]),
     ],
-    ids=["one rank", "three ranks"],
+    ids=["one rank", "three ranks", "one rank after context", "two ranks after context"],
 )
-def test_number_of_ranks_may_change(world: int, targets: list[tuple[str, Layout]]) -> None:
-    folder, ranks = grid_of("AdamW")
-    found = run_ranks(world, moved_to_each, FAMILIES["AdamW"], str(folder), [(*target, "fp32") for target in targets])
+def test_number_of_ranks_may_change(name: str, world: int, targets: list[tuple[str, Layout]]) -> None:
+    folder, ranks = grid_of(name)
+    found = run_ranks(world, moved_to_each, FAMILIES[name], str(folder), [(*target, "fp32") for target in targets])
     for place, (origin, _) in enumerate(targets):
         check_states([rank[origin] for rank in ranks], [rank[place] for rank in found], "fp32")
-        assert found[0][place]["losses"] == pytest.approx(ranks[0][origin]["losses"], rel=FAMILIES["AdamW"].tolerance)
+        assert found[0][place]["losses"] == pytest.approx(ranks[0][origin]["losses"], rel=FAMILIES[name].tolerance)
 
 
 def test_precision_may_change() -> None:

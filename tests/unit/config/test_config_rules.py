@@ -53,7 +53,7 @@ CASES: dict[str, Case] = {
     ),
     "_heads_over_context": Case(
         ("megastab.model.num_heads=6", "megastab.model.hidden_size=48", "megastab.model.num_kv_heads=2", "megastab.parallel.context=4"),
-        ("megastab.parallel.context = 4", "megastab.model.num_heads = 6", "use context = 1 or 2 or 6"),
+        ("megastab.parallel.context = 4", "megastab.model.num_heads = 6", "use context = 1 or 2."),
         ("megastab.parallel.context=2",),
         world=4,
     ),
@@ -193,6 +193,38 @@ def test_sequence_parallelism_without_tensor_parallelism_is_a_no_op(load) -> Non
 
 def test_sequence_slices_count_the_tokens_of_the_whole_micro_batch(load) -> None:
     load("megastab.parallel.sequence=true", "megastab.parallel.tensor=2", "megastab.model.max_seq_len=33", world=2)
+
+
+@pytest.mark.parametrize(
+    ("world", "given", "said", "fix"),
+    [
+        (
+            3,
+            ("context=3",),
+            "use context = 1, or on another number of ranks 2 or 4 or 8.",
+            ("megastab.parallel.context=1", "train_batch_size=18"),
+        ),
+        (16, ("context=16", "tensor=1"), "use context = 1 or 2 or 4 or 8.", ("megastab.parallel.context=8",)),
+        (4, ("context=4", "num_kv_heads=3"), "num_kv_heads = 3 does not divide", ("megastab.model.num_kv_heads=2",)),
+        (4, ("context=2", "tensor=2", "sequence=true", "max_seq_len=33"), "use max_seq_len = 36", ("megastab.model.max_seq_len=36",)),
+        (2, ("context=0",), "megastab.parallel.context = 0 is wrong: input should be greater than 0", ("megastab.parallel.context=2",)),
+        (2, ("context=-1",), "megastab.parallel.context = -1 is wrong: input should be greater than 0", ("megastab.parallel.context=2",)),
+    ],
+)
+def test_context_that_does_not_fit_is_told_once_with_what_would(
+    load, refuse, world: int, given: tuple[str, ...], said: str, fix: tuple[str, ...]
+) -> None:
+    where = {"num_kv_heads": "model", "max_seq_len": "model"}
+    overrides = [f"megastab.{where.get(text.split('=')[0], 'parallel')}.{text}" for text in given]
+    message = refuse(*overrides, world=world)
+    assert said in message and len(message.splitlines()) == 2, message
+    load(*overrides, *fix, world=world)
+
+
+def test_ranks_that_context_does_not_divide_are_told_how_many_do(load, refuse) -> None:
+    message = refuse("megastab.parallel.context=2", world=3)
+    assert "megastab.parallel.context = 2 is 2, which does not divide the 3 ranks" in message and "(deepspeed --num_gpus 4 ...)" in message
+    assert load("megastab.parallel.context=2", world=4).layout.data == 2
 
 
 def test_odd_heads_are_fine_without_rotary_positions(load) -> None:

@@ -20,7 +20,8 @@ def losses(layout: Layout, dtype: str, evaluates: bool) -> dict[str, Any]:
     from megastab.data.batches import Evaluation
 
     job = jobs.start(config_of(layout, "SGD", dtype, **CHANGES))
-    data = Evaluation(SyntheticSource(), SAMPLES, job.config.micro_batch, job.grid.dp.rank, job.grid.dp.size, True)
+    samples, cp = job.grid.samples, job.grid.cp
+    data = Evaluation(SyntheticSource(), SAMPLES, job.config.micro_batch, samples.rank, samples.size, True, cp.rank, cp.size)
     valid, train = [], []
     for _ in range(3):
         if evaluates:
@@ -42,6 +43,9 @@ LAYOUTS = [
     Layout(2, zero=3),
     Layout(4, tp=2, pp=2, sp=True, accumulation=2),
     Layout(4, pp=2, zero=1, accumulation=2),
+    Layout(2, cp=2),
+    Layout(4, cp=2, zero=1),
+    Layout(4, cp=2, pp=2, accumulation=3),
 ]
 
 

@@ -21,8 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megastab.config.schema import Megastab
 from megastab.engine.offload import Kept, Moved, Offloader, Scope
+from megastab.engine.offload_disk import SUFFIX, DiskStore
 from megastab.engine.offload_mover import Entry, Mover
-from megastab.engine.offload_store import SUFFIX, DiskStore, HostStore
+from megastab.engine.offload_store import HostStore
 from megastab.model.block import Block
 from megastab.model.init import init_weights
 from megastab.model.transformer import Transformer

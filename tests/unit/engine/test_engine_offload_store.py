@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from megastab.config.schema_offload import ActivationOffloadConfig
 from megastab.engine.offload import offload_activations
 from megastab.engine.offload_amount import SHARE, Rate, Seen, amounts
-from megastab.engine.offload_store import ALIGNMENT, CHUNK, DiskStore, HostStore, Store, room_for
+from megastab.engine.offload_disk import CHUNK, DiskStore
+from megastab.engine.offload_store import ALIGNMENT, HostStore, Store, room_for
 
 
 def test_rooms_are_few_and_little_above_what_they_hold() -> None:
@@ -36,7 +37,7 @@ def test_what_comes_back_is_what_went(kind: str, size: int, tmp_path: Path) -> N
         store.put(slot, tensor)
     for slot, tensor in reversed(list(zip(slots, sent, strict=True))):
         assert slot is not None
-        found = torch.empty_like(tensor)
+        found = store.target(slot, size, tensor.device)
         store.get(slot, found)
         assert torch.equal(found, tensor)
 

@@ -58,6 +58,9 @@ CELLS = {
     "tp2-pp2-sp": Cell(Layout(4, tp=2, pp=2, sp=True, accumulation=2)),
     "tp2-pp2-sp-bf16": Cell(Layout(4, tp=2, pp=2, sp=True, zero=1, accumulation=2), "bf16"),
     "tp2-zero3-sp": Cell(Layout(4, tp=2, sp=True, zero=3, accumulation=2)),
+    "cp2": Cell(Layout(2, cp=2, zero=1, accumulation=2)),
+    "cp2-pp2-bf16": Cell(Layout(4, cp=2, pp=2, zero=1, accumulation=2), "bf16"),
+    "tp2-cp2-zero3-sp-bf16": Cell(Layout(4, tp=2, cp=2, sp=True, zero=3, accumulation=2), "bf16"),
 }
 each_cell = pytest.mark.parametrize("name", CELLS)
 UP, DOWN = "layers.0.mlp.up", "layers.1.mlp.down"

@@ -89,6 +89,7 @@ BUFFERED: dict[int, dict[str, dict[str, Any]]] = {
         "zero1 stages, shared sequences": {**zero(1, **BUCKET), **cut(pipeline=2, context=2)},
         "zero2, shared sequences": {**BF16, **zero(2, **BUCKET), **cut(context=2)},
     },
+    3: {"zero3 bf16, unequal shares of a matrix above the bucket": {**BF16, **zero(3, reduce_bucket_size=20_000)}},
 }
 
 

@@ -22,6 +22,7 @@ REUSED: dict[str, Any] = {**GATHERED, "stage3_prefetch_bucket_size": 0}
 PARTLY: dict[str, Any] = {**GATHERED, "stage3_prefetch_bucket_size": 5000, "stage3_max_reuse_distance": 9000}
 CROWDED: dict[str, Any] = {**PREFETCHED, "stage3_max_live_parameters": 9000}
 APART: dict[str, Any] = {**GATHERED, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+NEAR: dict[str, Any] = {**GATHERED, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 3000}
 DROPOUT_GPT: dict[str, Any] = {"model": {"arch": "gpt", "dropout": 0.1, "tie_embeddings": True}, "data": {"document_mask": True}}
 
 ON_TWO: dict[str, dict[str, Any]] = {
@@ -41,12 +42,20 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "dp2 zero3, crowded": config_of(Layout(2, zero=3), model={"num_layers": 4}, ds__zero_optimization=CROWDED),
     "dp2 zero3, gathered twice": config_of(Layout(2, zero=3, accumulation=2), ds__zero_optimization=APART),
     "dp2 zero3, full recompute": config_of(Layout(2, zero=3, recompute="full"), ds__zero_optimization=APART),
+    "dp2 zero3, dropout, full recompute": config_of(
+        Layout(2, zero=3, recompute="full"), model={"arch": "gpt", "dropout": 0.1}, ds__zero_optimization=NEAR
+    ),
+    "dp2 zero3, offload": config_of(Layout(2, zero=3, offload=True)),
     "dp2 bf16": config_of(Layout(2, zero=1, accumulation=2), dtype="bf16"),
     "cp2": config_of(Layout(2, cp=2, accumulation=2), data={"document_mask": True}),
     "cp2 zero3": config_of(Layout(2, cp=2, zero=3, accumulation=2), dtype="bf16", ds__zero_optimization=APART),
     "cp2 selective": config_of(Layout(2, cp=2, recompute="selective"), model={"num_kv_heads": 1}),
     "cp2 selective, gated": config_of(Layout(2, cp=2, recompute="selective"), model={"output_gate": "head", "qk_norm": "full"}),
     "cp2 full": config_of(Layout(2, cp=2, zero=2, recompute="full", accumulation=2), model={"arch": "gpt", "sink": "kv_bias"}),
+}
+ON_THREE: dict[str, dict[str, Any]] = {  # shares are unequal
+    "dp3 bf16": config_of(Layout(3, zero=1, accumulation=2), dtype="bf16"),
+    "dp3 zero2": config_of(Layout(3, zero=2), model={"qk_norm": "full", "sink": "learned"}),
 }
 ON_FOUR: dict[str, dict[str, Any]] = {
     "tp2 pp2": config_of(Layout(4, tp=2, pp=2, accumulation=3)),
@@ -89,7 +98,7 @@ def expected(config: Config, rank: int) -> Counter[Entry]:
     return sums
 
 
-@pytest.mark.parametrize(("world", "configs"), [(2, ON_TWO), (4, ON_FOUR)], ids=["two ranks", "four ranks"])
+@pytest.mark.parametrize(("world", "configs"), [(2, ON_TWO), (3, ON_THREE), (4, ON_FOUR)], ids=["two ranks", "three", "four"])
 def test_planned_bytes_are_those_on_the_wire(world: int, configs: dict[str, dict[str, Any]]) -> None:
     seen = run_ranks(world, steps_sent, list(configs.values()), timeout=300)
     differing = {}

@@ -208,6 +208,8 @@ def test_a_config_is_put_in_words() -> None:
     assert said["Optimizer"] == "AdamW: lr 0.002, betas 0.9 0.95, eps 1e-08, weight_decay 0.1"
     assert said["Clipping"] == "ZClip (alpha 0.97), fixed cap 1" and said["TVR"] == "target_std 0.01"
     assert said["Data"] == "data/quickstart_train" and said["Seed"] == "1234"
+    config["megastab"]["parallel"]["context"] = 2
+    assert dict(what_ran(config))["Layout"] == "tensor 2 x pipeline 1 x context 2 x data 2"
 
 
 def test_a_config_of_another_version_says_what_it_can() -> None:

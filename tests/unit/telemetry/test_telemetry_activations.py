@@ -61,6 +61,11 @@ CELLS = {
     "tp2-pp2-sp": Cell(Layout(4, tp=2, pp=2, sp=True, accumulation=2)),
     "tp2-zero3-sp": Cell(Layout(4, tp=2, sp=True, zero=3, accumulation=2)),
     "tp2-dp2": Cell(Layout(4, tp=2, zero=1)),
+    "cp2": Cell(Layout(2, cp=2)),
+    "cp2-gpt-full": Cell(Layout(2, cp=2, accumulation=3, recompute="full"), changes={"model": GPT}),
+    "cp2-pp2": Cell(Layout(4, cp=2, pp=2, accumulation=2)),
+    "tp2-cp2-sp": Cell(Layout(4, tp=2, cp=2, sp=True, accumulation=2)),
+    "cp2-dp2": Cell(Layout(4, cp=2, zero=3, accumulation=2)),
 }
 
 

@@ -57,6 +57,12 @@ CELLS = {
     "zero3-bias": Cell(Layout(2, zero=3, accumulation=2, recompute="selective"), {"sink": "kv_bias", "qk_norm": "head"}),
     "tp2-pp2-sp": Cell(Layout(4, tp=2, pp=2, sp=True, accumulation=2), {"sink": "softmax1", "num_kv_heads": 2}, DOCUMENTS),
     "tp2-zero3": Cell(Layout(4, tp=2, sp=True, zero=3), {"sink": "kv_bias", "num_kv_heads": 1}),
+    "cp2": Cell(Layout(2, cp=2, accumulation=2, recompute="full"), {"sink": "learned", "num_kv_heads": 2}, DOCUMENTS),
+    "cp2-mqa-bias": Cell(Layout(2, cp=2), {"sink": "kv_bias", "num_kv_heads": 1, "qk_norm": "full"}, DOCUMENTS),
+    "cp4": Cell(Layout(4, cp=4), {**GPT, "sink": "kv_bias", "num_kv_heads": 2, "attention_softcap": 1.0}),
+    "cp2-pp2": Cell(Layout(4, cp=2, pp=2, accumulation=2), {"sink": "softmax1", "num_kv_heads": 2}, DOCUMENTS),
+    "tp2-cp2-sp": Cell(Layout(4, tp=2, cp=2, sp=True), {"sink": "learned", "qk_norm": "head"}),
+    "cp2-zero3": Cell(Layout(4, cp=2, zero=3), {"sink": "kv_bias"}),
 }
 
 
@@ -143,8 +149,8 @@ def test_every_layout_sees_what_one_process_sees(name: str) -> None:
 def test_only_the_replica_with_the_first_sample_looks(name: str) -> None:
     layout = CELLS[name].layout
     looks = [layers for _, layers in seen_at(layout.world)[name]]
-    # rank -> (pp, dp, tp), tp fastest
-    is_first = [rank // layout.tp % layout.dp == 0 for rank in range(layout.world)]
+    # rank -> (pp, dp, cp, tp), tp fastest
+    is_first = [rank // (layout.tp * layout.cp) % layout.dp == 0 for rank in range(layout.world)]
     assert looks == [2 // layout.pp if first else 0 for first in is_first]
 
 
