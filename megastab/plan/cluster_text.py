@@ -11,6 +11,7 @@ from megastab.plan.cluster import Cluster
 from megastab.plan.offload_text import offload_table
 from megastab.plan.parameters import Stage
 from megastab.plan.predict import LATENCY, Prediction, is_inside_node
+from megastab.plan.recompute import cluster_policy_table
 from megastab.plan.search import Candidate, Found
 from megastab.plan.traffic import traffic
 from megastab.plan.transfer import ranks_of
@@ -23,7 +24,9 @@ def on_cluster(config: Config, cluster: Cluster, stages: Sequence[Stage], predic
     """Memory against what a GPU has, bytes by group, and the time of a step."""
     lines = [describe(cluster), "", f"Memory of one rank, by category and stage; {100 * RESERVE:.0f} % of a GPU kept in reserve"]
     lines += [*_budgets(config, cluster, stages), *offload_table(config, cluster, stages), "", "Payload of one rank in one step, by stage"]
-    lines += [*_traffic(config, cluster, stages), "", *_time(config, predicted), *assumptions(cluster)]
+    lines += [*_traffic(config, cluster, stages), "", *_time(config, predicted)]
+    lines += ["", "By megastab.parallel.recompute, everything else as it is", *cluster_policy_table(config, cluster, stages), ""]
+    lines += assumptions(cluster)
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from megastab.plan.offload import offloaded
 from megastab.plan.parameters import stages
 from megastab.plan.plan import plan, with_vocabulary
 from megastab.plan.predict import predict
+from megastab.plan.recompute import on_cluster as by_recompute
 from megastab.plan.search import Found, check_precision, search
 from megastab.plan.text import render
 from megastab.plan.traffic import traffic
@@ -80,7 +81,9 @@ def _planned(config: Config, cluster: Cluster, as_json: bool) -> str:
     sent = [[asdict(transfer) for transfer in traffic(config, stage)] for stage in cut]
     time = {**asdict(predicted), "seconds": predicted.seconds, "mfu": predicted.mfu}
     away = [asdict(offloaded(config, stage, cluster)) for stage in cut]
-    found = {"cluster": asdict(cluster), "traffic": sent, "prediction": time, "activation_offload": away}
+    by_policy = {name: {"memory": held.total, "fits": held.fits, "seconds": predicted.seconds, "mfu": predicted.mfu}
+                 for name, held, predicted in by_recompute(config, cluster, cut)}  # fmt: skip
+    found = {"cluster": asdict(cluster), "traffic": sent, "prediction": time, "activation_offload": away, "recompute_policies": by_policy}
     return json.dumps({**made.to_json(), **found}, indent=2)
 
 

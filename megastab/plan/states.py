@@ -114,7 +114,7 @@ def _buckets(config: Config, kind: str, groups: list[list[Weight]], stage: Stage
     bucket = bucket_elements(config)
     sent = max(min(n, bucket), *(weight.elements for weight in stage.weights))
     if kind == "zero3":
-        return FP32 * (bucket + max(min(n, bucket), *(_sent_alone(weight.elements, config.layout.data) for weight in stage.weights)))
+        return FP32 * (bucket + max(min(n, bucket), *(_sent_alone(weight.elements, config.layout.copies) for weight in stage.weights)))
     staged = size if kind == "zero2" else FP32  # ZeRO 2 stages low-precision gradients, ZeRO 1 the fp32 sums
     copies = staged if staged == FP32 else staged + FP32
     if size == FP32 and config.layout.copies == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megastab.plan.plan import Plan, StagePlan
+from megastab.plan.recompute import policy_table
 from megastab.plan.units import amount, flops, size, table
 
 LABEL_WIDTH = 13
@@ -28,6 +29,7 @@ ROWS: tuple[tuple[str, Callable[[StagePlan], int]], ...] = (
 def render(plan: Plan) -> str:
     """The whole page."""
     lines = [*_head(plan), "", "Memory of one rank, by pipeline stage", *_memory(plan), ""]
+    lines += ["Policies of megastab.parallel.recompute, everything else as it is", *policy_table(plan.policies, plan.recompute), ""]
     lines += [_labelled("decay groups", "; ".join(_groups(plan)))]
     if plan.completions:
         lines += ["", "Written into the DeepSpeed config, because its default is a trap"]

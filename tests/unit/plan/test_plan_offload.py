@@ -12,8 +12,8 @@ import pytest
 
 from megastab.config.config import Config
 from megastab.engine.offload import Offloader
+from megastab.engine.offload_disk import DiskStore
 from megastab.engine.offload_mover import Mover
-from megastab.engine.offload_store import DiskStore
 from megastab.model.block import Block
 from megastab.model.transformer import Transformer
 from megastab.plan.activations import movable
