@@ -1,6 +1,7 @@
 """Bytes of weights, gradients and optimizer states on one rank, as DeepSpeed 0.19.8's wrappers hold them.
 
-n parameters on the rank, p = n / dp its share (dp: all copies of the weights, ranks that share a sequence included), w = 2 or 4 bytes a weight; sums of micro-batches are always fp32:
+n parameters on the rank, p = n / dp its share (dp: all copies of the weights, ranks that share a sequence included), w = 2 or 4 bytes a
+weight; sums of micro-batches are always fp32:
 
 | wrapper        | weights    | gradients, end of backward          | masters | moments | more inside the step          |
 |----------------|------------|-------------------------------------|---------|---------|-------------------------------|
