@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.planted import AtMoment, pretrain
 from tests.launching import curve, launch
-from tests.ranks import start_job
+from tests.ranks import TIMEOUT, start_job
 
 STEPS = 8
 
@@ -28,7 +28,7 @@ def config(tiny_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_to_its_end(
-    config: dict[str, Any], log: Path, fault: AtMoment | None = None, timeout: float = 120.0
+    config: dict[str, Any], log: Path, fault: AtMoment | None = None, timeout: float = TIMEOUT
 ) -> tuple[list[int | None], str]:
     codes = start_job(2, log, pretrain, config, fault).codes(timeout)
     return codes, log.read_text()
