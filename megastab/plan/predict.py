@@ -12,7 +12,8 @@ Assumed, and printed beside every prediction:
   step; ZeRO 2 with ``overlap_comm`` hides its reduction behind backward, ZeRO 3 all it sends but the kept weights behind the products, as
   far as these last.
 
-Not in it: the update itself, data loading, evaluation and checkpoints, offload's copies, stragglers, contention between groups.
+Not in it: the update itself, data loading, evaluation and checkpoints, copies of offloaded optimizer states, stragglers, contention
+between groups.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megastab.config.config import Config
-from megastab.config.vocab import padded_vocab
-from megastab.model.counts import block_matrices, flops_per_token
-from megastab.plan.activations import Shape
+from megastab.model.counts import flops_per_token
 from megastab.plan.cluster import Cluster
+from megastab.plan.offload import offloaded
 from megastab.plan.parameters import Stage
 from megastab.plan.traffic import traffic
 from megastab.plan.transfer import Transfer, ranks_of
+from megastab.plan.work import stage_flops
 from megastab.plan.zero import overlaps, wrapper_kind
 
 LATENCY = 5e-6
@@ -47,6 +48,8 @@ class Prediction:
     data: float
     """Exposed traffic of data-parallel groups."""
     bubble: float
+    offload: float
+    """Waiting for activations that all go out, where the link is slower than forward or backward."""
     flops_per_step: float
     peak: float
     """FLOP/s of all ranks."""
@@ -54,7 +57,7 @@ class Prediction:
     @property
     def seconds(self) -> float:
         """Of the step."""
-        return self.compute + self.tensor + self.context + self.pipeline + self.data + self.bubble
+        return self.compute + self.tensor + self.context + self.pipeline + self.data + self.bubble + self.offload
 
     @property
     def mfu(self) -> float:
@@ -70,13 +73,13 @@ def predict(config: Config, cluster: Cluster, stages: Sequence[Stage]) -> Predic
     """
     rate = cluster.peak_tflops[config.precision] * 1e12
     slowest = max((_stage(config, cluster, stage, rate * cluster.efficiency) for stage in stages), key=sum)
-    compute, tensor, context, pipeline, data = slowest
-    bubble = (compute + tensor + context + pipeline) * (config.layout.pipeline - 1) / config.accumulation
+    compute, tensor, context, pipeline, data, offload = slowest
+    bubble = (compute + tensor + context + pipeline + offload) * (config.layout.pipeline - 1) / config.accumulation
     total = flops_per_token(config.megastab.model) * config.tokens_per_step
-    return Prediction(compute, tensor, context, pipeline, data, bubble, total, rate * config.layout.world)
+    return Prediction(compute, tensor, context, pipeline, data, bubble, offload, total, rate * config.layout.world)
 
 
-def _stage(config: Config, cluster: Cluster, stage: Stage, rate: float) -> tuple[float, float, float, float, float]:
+def _stage(config: Config, cluster: Cluster, stage: Stage, rate: float) -> tuple[float, ...]:
     forward, again = stage_flops(config, stage)
     compute = config.accumulation * (3 * forward + again) / rate
     spent = {"tensor": 0.0, "context": 0.0, "pipeline": 0.0, "data": 0.0}
@@ -89,23 +92,12 @@ def _stage(config: Config, cluster: Cluster, stage: Stage, rate: float) -> tuple
             own = "tensor" if transfer.group == "heads" else transfer.group
             spent[own if own in spent else "pipeline"] += lasts
     behind = compute if wrapper_kind(config) == "zero3" else compute * 2 / 3  # of three parts backward has two
-    return compute, spent["tensor"], spent["context"], spent["pipeline"], spent["data"] + max(0.0, hidden - behind)
+    waits = config.accumulation * offloaded(config, stage, cluster).waits
+    return compute, spent["tensor"], spent["context"], spent["pipeline"], spent["data"] + max(0.0, hidden - behind), waits
 
 
 def _is_hidden(config: Config, transfer: Transfer) -> bool:
     return config.zero_stage >= 2 and overlaps(config) and transfer.what in ("gradients", "weights as they are used")
-
-
-def stage_flops(config: Config, stage: Stage) -> tuple[float, float]:
-    """(forward, recomputed) FLOPs of one micro-batch on one rank."""
-    model, shape, recompute = config.megastab.model, Shape.of(config), config.megastab.parallel.recompute
-    # Causal: half of all pairs. Ranks that share a sequence have all pairs of a share of the heads, so each token of theirs costs the same.
-    attention = 2.0 * shape.seq * model.hidden_size * stage.num_blocks
-    blocks = 2.0 * block_matrices(model) * stage.num_blocks + attention
-    head = 2.0 * padded_vocab(model.vocab_size or 0) * model.hidden_size if stage.has_head else 0.0
-    again = {"none": 0.0, "selective": attention, "full": blocks}[recompute]
-    each = shape.tokens / shape.tensor
-    return each * (blocks + head), each * again
 
 
 def seconds_of(transfer: Transfer, config: Config, cluster: Cluster) -> float:

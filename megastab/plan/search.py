@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 from megastab.config.complete import ACCELERATOR_BUCKET
 from megastab.config.config import Config
@@ -17,8 +17,8 @@ from megastab.plan.budget import Budget, largest_budget
 from megastab.plan.cluster import Cluster
 from megastab.plan.parameters import Stage, stages
 from megastab.plan.predict import Prediction, predict
+from megastab.plan.recompute import RECOMPUTES
 
-RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 LONG_SEQUENCE = 1 << 14
 """Positions from which ranks may share a sequence; below, a search tries it only where that may be what is missing."""
 ALL_BATCHES = "the global batch cannot be shared by the data-parallel ranks"

@@ -1,6 +1,7 @@
 """Bytes of weights, gradients and optimizer states on one rank, as DeepSpeed 0.19.8's wrappers hold them.
 
-n parameters on the rank, p = n / dp its share (dp: all copies of the weights, ranks that share a sequence included), w = 2 or 4 bytes a weight; sums of micro-batches are always fp32:
+n parameters on the rank, p = n / dp its share (dp: all copies of the weights, ranks that share a sequence included), w = 2 or 4 bytes a
+weight; sums of micro-batches are always fp32:
 
 | wrapper        | weights    | gradients, end of backward          | masters | moments | more inside the step          |
 |----------------|------------|-------------------------------------|---------|---------|-------------------------------|
@@ -113,7 +114,7 @@ def _buckets(config: Config, kind: str, groups: list[list[Weight]], stage: Stage
     bucket = bucket_elements(config)
     sent = max(min(n, bucket), *(weight.elements for weight in stage.weights))
     if kind == "zero3":
-        return FP32 * (bucket + max(min(n, bucket), *(_sent_alone(weight.elements, config.layout.data) for weight in stage.weights)))
+        return FP32 * (bucket + max(min(n, bucket), *(_sent_alone(weight.elements, config.layout.copies) for weight in stage.weights)))
     staged = size if kind == "zero2" else FP32  # ZeRO 2 stages low-precision gradients, ZeRO 1 the fp32 sums
     copies = staged if staged == FP32 else staged + FP32
     if size == FP32 and config.layout.copies == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megastab.plan.plan import Plan, StagePlan
+from megastab.plan.recompute import policy_table
 from megastab.plan.units import amount, flops, size, table
 
 LABEL_WIDTH = 13
@@ -21,12 +22,14 @@ ROWS: tuple[tuple[str, Callable[[StagePlan], int]], ...] = (
     ("step workspace", lambda stage: stage.states.step_workspace),
     ("peak", lambda stage: stage.peak),
     ("on the host", lambda stage: stage.states.host),
+    ("activations outside", lambda stage: stage.activations.outside),
 )
 
 
 def render(plan: Plan) -> str:
     """The whole page."""
     lines = [*_head(plan), "", "Memory of one rank, by pipeline stage", *_memory(plan), ""]
+    lines += ["Policies of megastab.parallel.recompute, everything else as it is", *policy_table(plan.policies, plan.recompute), ""]
     lines += [_labelled("decay groups", "; ".join(_groups(plan)))]
     if plan.completions:
         lines += ["", "Written into the DeepSpeed config, because its default is a trap"]
@@ -53,6 +56,8 @@ def _head(plan: Plan) -> list[str]:
         "compute": f"{flops(plan.flops_per_token)} a token, {flops(plan.flops_per_step)} a step, "
         f"{flops(plan.flops_per_step * plan.steps)} in all (recompute not counted: {plan.recompute})",
     }
+    if plan.offload:
+        facts["offload"] = plan.offload
     if layout["pipeline"] != 1:
         facts["bubble"] = f"{100 * plan.bubble:.1f} % of a step (1F1B: stages wait to fill and drain)"
     return [_labelled(label, text) for label, text in facts.items()]

@@ -30,8 +30,9 @@ have sent another shape, so the engine is made to forget it."""
 
 def traffic(config: Config, stage: Stage) -> list[Transfer]:
     """Everything one rank of ``stage`` takes part in during an ordinary step."""
-    found = [*_layers(config, stage), *_exchanges(config, stage), *_pipeline(config, stage), *gradient_terms(config, stage), *state_traffic(config, stage)]
-    return [transfer for transfer in [*found, *_scalars(config, stage)] if transfer.bytes]
+    found = [*_layers(config, stage), *_exchanges(config, stage), *_pipeline(config, stage), *gradient_terms(config, stage)]
+    found += [*state_traffic(config, stage), *_scalars(config, stage)]
+    return [transfer for transfer in found if transfer.bytes]
 
 
 Key = tuple[str, str]

@@ -9,7 +9,8 @@ from megastab.config.config import Config
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send"]
 Group = Literal["tensor", "context", "data", "pipeline", "model", "heads", "ends"]
-"""context: ranks that share a sequence; data: all copies of the weights, these ranks included; model: tensor x pipeline; heads: tensor-parallel ranks that share a KV head; ends: first and last stage, which hold a tied matrix."""
+"""context: ranks that share a sequence; data: all copies of the weights, these ranks included; model: tensor x pipeline; heads:
+tensor-parallel ranks that share a KV head; ends: first and last stage, which hold a tied matrix."""
 
 
 @dataclass(frozen=True)

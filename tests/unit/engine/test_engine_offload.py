@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -377,6 +378,33 @@ def test_a_change_in_place_is_noticed(where: str) -> None:
             loss.backward()
     finally:
         store.gate.set()
+
+
+def test_a_change_while_it_is_written_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a damaged disk, though the bytes are not those that were summed."""
+    mover, tensor, write = Mover(DiskStore(tmp_path)), torch.zeros(4096), os.pwritev
+
+    def late(*arguments: Any) -> int:
+        tensor.add_(1.0)
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", late)
+    entry = mover.send(tensor)
+    assert entry is not None
+    mover.settle(entry)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        mover.take(entry)
+
+
+def test_memory_of_others_stays(tmp_path: Path) -> None:
+    """It may begin anywhere, so that what comes back could not be viewed as elements."""
+    offload = offloaded(build(layers=2), DiskStore(tmp_path), min_bytes=1)
+    scope = Scope(0, None, offload.mover, math.inf)
+    room = np.zeros(4096, np.uint8)
+    begin = -room.ctypes.data % 64
+    for shift, stays in ((0, False), (8, True)):
+        packed = offload._pack(scope, [], torch.from_numpy(room[begin + shift :][:2048]))
+        assert isinstance(packed, Kept) == stays
 
 
 def test_evaluation_moves_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,12 +34,20 @@ def all_kept_on_a_rank(cases: list[dict[str, Any]]) -> list[int]:
     return [kept_on_a_rank(arguments) for arguments in cases]
 
 
-def kept_for_backward(config: Config, tp: TensorParallel = ALONE, cp: Axis = ALONE) -> int:
-    """Bytes alive after a forward that were not before: what autograd saved, and what recompute holds on to."""
+def kept_for_backward(
+    config: Config,
+    tp: TensorParallel = ALONE,
+    cp: Axis = ALONE,
+    prepare: Callable[[Transformer], None] = lambda model: None,
+    settle: Callable[[], None] = lambda: None,
+) -> int:
+    """Bytes alive after a forward that were not before: what autograd saved, and what recompute holds on to. ``prepare`` is called with
+    the model, ``settle`` after forward."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
     model = Transformer(config.megastab, tp, cp)
     init_weights(model, config.megastab.model, 0)
     model = model.to(dtype)
+    prepare(model)
     shape = (config.micro_batch, config.megastab.model.max_seq_len // cp.size)
     tokens, weights, samples = torch.randint(0, 500, shape), torch.ones(shape), torch.arange(shape[0])
     before = _living()  # held, so that no address is used again
@@ -50,6 +59,7 @@ def kept_for_backward(config: Config, tp: TensorParallel = ALONE, cp: Axis = ALO
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(tokens, tokens, weights, samples)
+    settle()
     after, known = _storages([*_living(), *saved]), _storages([*before, loss])
     return sum(size for pointer, size in after.items() if pointer not in known)
 

@@ -14,9 +14,10 @@ from megastab.plan.budget import RESERVE, budget
 from megastab.plan.cluster import PRESETS, Cluster, cluster_named, this_cpu
 from megastab.plan.parameters import stages
 from megastab.plan.plan import plan
-from megastab.plan.predict import LATENCY, is_inside_node, predict, seconds_of, stage_flops
+from megastab.plan.predict import LATENCY, is_inside_node, predict, seconds_of
 from megastab.plan.traffic import traffic
 from megastab.plan.transfer import Transfer
+from megastab.plan.work import stage_flops
 from tests.unit.plan.jobs import small_config
 
 ONE: dict[str, Any] = {
@@ -35,6 +36,8 @@ def written(tmp_path: Path, changes: dict[str, Any]) -> str:
 def test_a_file_says_what_a_preset_says(tmp_path: Path) -> None:
     assert cluster_named(written(tmp_path, {})) == SMALL
     assert cluster_named(written(tmp_path, {"efficiency": 0.4}), nodes=3) == replace(SMALL, efficiency=0.4, nodes=3)
+    links = {"host_gb_per_s": 12.5, "disk_gb_per_s": 1}
+    assert cluster_named(written(tmp_path, links)) == replace(SMALL, host_gb_per_s=12.5, disk_gb_per_s=1)
     assert cluster_named("h100", 16).world == 128
     assert all(set(preset.peak_tflops) == {"fp32", "bf16", "fp16"} for preset in [*PRESETS.values(), this_cpu()])
 
@@ -49,6 +52,8 @@ def test_a_file_says_what_a_preset_says(tmp_path: Path) -> None:
         ({"gpus_per_node": True}, "gpus_per_node = True must be a number above 0"),
         ({"inter_gbps": "400"}, "inter_gbps = '400' must be a number above 0"),
         ({"efficiency": 50}, "efficiency = 50 is a share of the peak"),
+        ({"disk_gb_per_s": 0}, "disk_gb_per_s = 0 must be a number above 0"),
+        ({"host_gbps": 50}, "host_gbps is no key of a cluster. Did you mean"),
         ({"peak_tflops": 989}, "peak_tflops = 989 must be an object"),
         ({"peak_tflops": {"bf16": 1, "fp8": 2}}, "peak_tflops = {'fp8': 2}: keys are fp32, bf16, fp16"),
     ],
