@@ -107,8 +107,9 @@ def train(config: dict[str, Any], slow: Slow | None) -> dict[str, Any]:
     gather = collectives.gather_doubles
     collectives.gather_doubles = lambda values: gathers.append(trainer.step) or gather(values)  # type: ignore[func-returns-value]
     loaded = load_config(config)
-    grid = Grid.create(loaded.megastab.parallel.tensor, loaded.megastab.parallel.pipeline)
+    grid = Grid.create(loaded.megastab.parallel.tensor, loaded.megastab.parallel.pipeline, context=loaded.megastab.parallel.context)
     sizes = {"micro_batch": loaded.micro_batch, "accumulation": loaded.accumulation, "dp_rank": grid.dp.rank, "dp_size": grid.dp.size}
+    sizes |= {"cp_rank": grid.cp.rank, "cp_size": grid.cp.size}
     batches = Batches(SyntheticSource(), document_mask=False, **sizes)
     trainer = Trainer(loaded, grid, TrainingData(batches))
     plan_sleeps(trainer, slow)
@@ -143,6 +144,7 @@ def run(folder: Path, layout: Layout, slow: Slow | None, over: float = 1.0, **ch
         (Layout(2), "fp32", Slow(1)),
         (Layout(2), "fp32", Slow(0, "data")),
         (Layout(2, tp=2), "bf16", Slow(1)),
+        (Layout(2, cp=2), "fp32", Slow(1)),
         (Layout(2, zero=3), "fp32", Slow(0)),
         (Layout(2, zero=2), "bf16", Slow(1, "backward")),
         (Layout(4, pp=2, accumulation=2), "fp32", Slow(3, "forward", seconds=SLEEP_SECONDS / 2)),
