@@ -76,7 +76,7 @@ class DiskStore(Store):
         for parts in self._outgoing(source):
             slot.sums.append(_sum(parts))
             size = sum(map(len, parts))
-            if os.pwritev(self.descriptor, parts, place) != size:
+            if os.pwritev(self.descriptor, [part.data for part in parts], place) != size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             place += size
 
@@ -86,7 +86,7 @@ class DiskStore(Store):
         for parts, expected in zip(self._incoming(target), slot.sums, strict=True):
             size = sum(map(len, parts))
             try:
-                num_read = os.preadv(self.descriptor, parts, place)
+                num_read = os.preadv(self.descriptor, [part.data for part in parts], place)
             except OSError as error:
                 raise self._damaged(place, str(error.strerror)) from error
             if num_read != size:
