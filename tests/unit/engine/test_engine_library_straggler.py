@@ -27,11 +27,13 @@ def loop(telemetry: dict[str, Any] | None, stage: int) -> dict[str, Any]:
     logging.getLogger("megastab").addHandler(handler)
     block = {"stability": {}} | ({} if telemetry is None else {"telemetry": telemetry})
     engine, *_ = megastab.initialize(model=llama(), config={**config_of(stage, "fp32"), "megastab": block})
+    collectives.barrier()
+    counts = engine.stability.rank_times is not None and len(engine.stability.rank_times.waiting._spans)
     for step in range(1, 2 * STEPS + 1):
         time.sleep(EVERYONE + (MORE if collectives.world()[0] == 1 and step <= STEPS else 0.0))
         take_step(engine, step)
     times = engine.stability.rank_times
-    facts = {"said": [line for line in said if "straggler" in line], "is_counted": isinstance(collectives.dist, Counted)}
+    facts = {"said": [line for line in said if "straggler" in line], "counts": counts, "is_counted": isinstance(collectives.dist, Counted)}
     return facts | {"last": None if times is None else times.last.own}
 
 
@@ -42,6 +44,7 @@ def test_a_slow_rank_is_named_in_the_log(stage: int) -> None:
     begins, over = first["said"]
     assert "step 5: straggler: rank 1 on " in begins and "slow at" not in begins, "its data and its computing are one to us"
     assert "step 10: straggler: rank 1 is as fast as the others again" in over
+    assert first["counts"] == second["counts"] == 1, "from the first step on"
     assert second["said"] == [] and first["last"] == second["last"], "equal on both, told by one"
 
 
