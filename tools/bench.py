@@ -22,7 +22,6 @@ NAMES = {
     "attention": "attention's sinks and soft-cap over plain causal SDPA",
     "norms": "dynamic tanh over RMSNorm, eager and compiled",
     "offload": "activations on a disk or in host memory over activations in place: memory and time",
-    "recompute": "the policies of recompute: memory over the planner's, and time",
 }
 
 

@@ -27,7 +27,6 @@ ROWS: tuple[tuple[str, Callable[[StagePlan], int]], ...] = (
 def render(plan: Plan) -> str:
     """The whole page."""
     lines = [*_head(plan), "", "Memory of one rank, by pipeline stage", *_memory(plan), ""]
-    lines += ["Activations by policy of recompute (estimates, on the stage that keeps most)", *_policies(plan), ""]
     lines += [_labelled("decay groups", "; ".join(_groups(plan)))]
     if plan.completions:
         lines += ["", "Written into the DeepSpeed config, because its default is a trap"]
@@ -73,13 +72,6 @@ def _memory(plan: Plan) -> list[str]:
     rows += [[name, *map(size, values)] for name, of in ROWS if any(values := [of(stage) for stage in shown]) or name == "peak"]
     layers = [f"  stage {i}: {stage.layers}" for i, stage in enumerate(plan.stages)] if len(plan.stages) > 1 else []
     return table(rows) + layers
-
-
-def _policies(plan: Plan) -> list[str]:
-    rows = [["", *(p.name + " (this)" * (p.name == plan.recompute) for p in plan.policies)]]
-    rows += [["kept of a micro-batch", *(size(p.per_micro_batch) for p in plan.policies)]]
-    rows += [["peak", *(size(p.peak) for p in plan.policies)]]
-    return table([*rows, ["computed again", *(f"{100 * p.more_compute:.1f} %" for p in plan.policies)]])
 
 
 def _bytes(stage: StagePlan) -> tuple[int, ...]:
