@@ -76,7 +76,11 @@ code=$?
 wait $! || code=$?
 exit $code
 """
-FAKE_SCONTROL = '#!/usr/bin/env bash\n[ "$1" != show ] || { echo 127.0.0.1; exit; }\necho "$@" >> "$FAKE_SCONTROL_LOG"\n'
+# It has more hosts to name than anybody reads.
+FAKE_SCONTROL = """#!/usr/bin/env bash
+[ "$1" != show ] || { echo 127.0.0.1; sleep 0.2; echo 127.0.0.2; exit; }
+echo "$@" >> "$FAKE_SCONTROL_LOG"
+"""
 
 
 @pytest.fixture

@@ -163,6 +163,7 @@ def watch_a_peer_die(folder: str) -> None:
 
     rank, stop = collectives.world()[0], StopRequest()
     with stop.listening(), watching(Heart(Path(folder), rank), RunConfig(), stop, None):
+        collectives.barrier()  # who is gone before the other looks for the first time may be one its container hides
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)

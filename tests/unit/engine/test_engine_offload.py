@@ -172,6 +172,14 @@ def test_a_storage_goes_once_and_weights_never(tmp_path: Path) -> None:
         assert isinstance(packed, Kept) == stays and torch.equal(offload._unpack(packed), tensor)
 
 
+def test_the_flat_buffer_of_weights_stays(tmp_path: Path) -> None:
+    offload, flat = offloaded(build(layers=2), DiskStore(tmp_path), min_bytes=1), torch.zeros(300)
+    scope, weight = Scope(0, None, offload.mover, math.inf), nn.Parameter(torch.zeros(1))
+    for begin, stays in ((0, True), (100, True), (299, True), (None, False)):
+        weight.data = torch.zeros(100) if begin is None else flat[begin:]  # as ZeRO does
+        assert isinstance(offload._pack(scope, [weight], flat[100:200]), Kept) == stays
+
+
 def test_forward_waits_for_the_disk_where_everything_goes(tmp_path: Path) -> None:
     class SlowStore(HostStore):
         def put(self, slot: Any, source: Tensor) -> None:

@@ -33,6 +33,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "zero3": config_of(Layout(2, zero=3)),
     "zero1-fp16": config_of(Layout(2, zero=1), dtype="fp16", ds__fp16={"enabled": True, "loss_scale": 256}),
     "tp2-pp2-sp-mqa": config_of(Layout(4, tp=2, pp=2, sp=True, accumulation=2), model={"num_kv_heads": 1}),
+    "cp2": config_of(Layout(2, cp=2), model={"num_kv_heads": 1}),
 }
 ALL = TelemetryConfig(interval_steps=1, activations=False, attention=False)
 
