@@ -13,7 +13,7 @@ if __name__ == "__main__":  # a launcher puts this file's folder first on the pa
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megastab.config.errors import UserError
 from megastab.config.load import load_config
@@ -24,9 +24,17 @@ if TYPE_CHECKING:
     from megastab.config.config import Config
 
 
+class Parser(argparse.ArgumentParser):
+    """Every rank reads the same command line; one of them says what is wrong with it."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if is_first():
+            super()._print_message(message, file)
+
+
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line: a config, overrides of it, and what launchers add."""
-    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pre-train GPT or LLaMA from one JSON.")
+    parser = Parser(prog="pretrain.py", description="Pre-train GPT or LLaMA from one JSON.")
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the one JSON: DeepSpeed's keys and a megastab block")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would be and cost, and exit")
     add_arguments(parser, when=" (with --dry-run)")
@@ -47,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     try:
         if args.dry_run:
-            print(report(args.deepspeed_config, args.overrides, args))
+            page = report(args.deepspeed_config, args.overrides, args)
+            if is_first():
+                print(page)
             return 0
         if args.cluster is not None or args.search or args.nodes is not None:
             raise UserError("--cluster, --nodes and --search plan a run and start none: add --dry-run.")
@@ -82,5 +92,15 @@ def train(config: Config) -> int:
         return DONE if trainer.train() else STOPPED
 
 
+def leave(code: int) -> NoReturn:
+    """End this process. Not through the interpreter's own shutdown: it aborts now and then over threads that are inside a library just then
+    ("terminate called without an active exception"), when all is done and written, and the launcher would call the run failed."""
+    if (mpi := sys.modules.get("mpi4py.MPI")) is not None:
+        mpi.Finalize()  # mpirun takes a rank that leaves without it for a dead one
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

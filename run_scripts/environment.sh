@@ -21,7 +21,10 @@ if [ "${MEGASTAB_ENV:-}" != active ]; then
 fi
 
 # Devices: the launcher's --num_gpus is the number of ranks on a CPU machine too.
-MEGASTAB_DEVICES="$(python -c 'import torch; print(torch.cuda.device_count())')"
+MEGASTAB_DEVICES="$(python -c 'import megastab, torch; print(torch.cuda.device_count())')" || {
+    echo "error: $(command -v python || echo python) cannot import megastab and torch${MEGASTAB_ENV:+; MEGASTAB_ENV=active takes the active Python as it is: activate the one they are installed in}" >&2
+    exit 1
+}
 if [ "$MEGASTAB_DEVICES" -eq 0 ]; then
     export DS_ACCELERATOR=cpu
 fi

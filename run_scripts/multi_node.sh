@@ -10,7 +10,8 @@ source run_scripts/environment.sh
 config="${1:?give a config, such as configs/llama_1b.json}"
 shift
 hosts="${HOSTFILE:?give HOSTFILE, a file with a line 'NAME slots=RANKS' for each host}"
-[ -r "$hosts" ] || { echo "error: HOSTFILE $hosts cannot be read" >&2; exit 2; }
+MEGASTAB_HOSTS="$(python -m megastab.config.hostfile "$hosts")" # NAME:RANKS,... or an error that names the line
+export MEGASTAB_HOSTS
 launch=(deepspeed --hostfile "$hosts" --master_port "${MASTER_PORT:-29500}" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"})
 job=(megastab/pretrain.py --deepspeed_config "$config" "$@")
 
@@ -20,7 +21,8 @@ if [ -n "${NODE_RANK:-}" ]; then
 fi
 
 command -v pdsh > /dev/null || { echo "error: no pdsh here: install it, or start this on every host with NODE_RANK and MASTER_ADDR" >&2; exit 2; }
-for host in $(sed 's/#.*//' "$hosts" | awk 'NF {print $1}'); do
+for host in ${MEGASTAB_HOSTS//,/ }; do
+    host="${host%:*}"
     said="$(ssh -o BatchMode=yes -o ConnectTimeout=10 "$host" "test -e '$PWD/setup.py' && echo here || echo missing" 2>&1)" ||
         { echo "error: host $host of $hosts cannot be reached over ssh (${said:-no answer}): mend it, or take it out of the file" >&2; exit 2; }
     [ "${said##*$'\n'}" = here ] || { echo "error: host $host has no $PWD: put the checkout at one path, shared by all hosts" >&2; exit 2; }
@@ -31,7 +33,7 @@ DS_ENV_FILE="$(mktemp)"
 export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
 {
-    cat ~/.deepspeed_env .deepspeed_env 2> /dev/null || true
+    grep -hE '^[A-Za-z_]+[A-Za-z_0-9]*=' ~/.deepspeed_env .deepspeed_env 2> /dev/null || true
     env | grep -E '^(NCCL_|GLOO_|OMP_|MEGASTAB_|DS_ACCELERATOR=|CUDA_DEVICE_MAX_CONNECTIONS=)' || true
 } > "$DS_ENV_FILE"
 # An ssh whose host is gone ends within half a minute, and pdsh with it.

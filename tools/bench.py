@@ -22,6 +22,7 @@ NAMES = {
     "attention": "attention's sinks and soft-cap over plain causal SDPA",
     "norms": "dynamic tanh over RMSNorm, eager and compiled",
     "offload": "activations on a disk or in host memory over activations in place: memory and time",
+    "recompute": "activation checkpointing: each policy's memory and time over keeping everything, and the planner's of both",
 }
 
 

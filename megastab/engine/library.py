@@ -26,6 +26,7 @@ from megastab.config.source import read_source
 from megastab.engine.foreign_grid import grid_of
 from megastab.engine.launch import start_job
 from megastab.engine.library_looks import WeightLooks
+from megastab.engine.processes import HOST
 from megastab.engine.step import complete_gradients
 from megastab.optim.groups import build_optimizer
 from megastab.optim.ortho_adam import OrthoAdam
@@ -38,6 +39,7 @@ from megastab.stability.controller import Controller, build_controller
 from megastab.stability.events import events_of_step
 from megastab.stability.record import StepRecord
 from megastab.telemetry.sampler import Sample
+from megastab.telemetry.straggler import RankTimes, rank_times
 from megastab.wrappers.adapter import Adapter
 from megastab.wrappers.bind import bind, quiet
 
@@ -54,6 +56,8 @@ class LibraryController(Controller):
     sample: Sample | None = None
     """The latest look inside: its step, and by name what was seen of each matrix. None before the first."""
     looks: WeightLooks | None = None
+    rank_times: RankTimes | None = None
+    """Every rank's own seconds; its ``last`` is the latest window. None on one rank, and where ``telemetry`` does not ask for it."""
     _lr: float | None = None
     _ended: float = 0.0
 
@@ -91,6 +95,15 @@ class LibraryController(Controller):
                 log.log(logging.INFO if event.kind in ORDINARY else logging.WARNING, "step %d: %s: %s", step, event.kind, event.reason)
             if verdict.rewind:  # the loop is somebody else's, and so are its checkpoints
                 log.warning("step %d: %s: go back to a checkpoint from before them", step, verdict.rewind)
+        if self.rank_times is not None:
+            self._compare_ranks(self.rank_times, step, self.last.seconds)
+
+    def _compare_ranks(self, times: RankTimes, step: int, seconds: float) -> None:
+        times.end(seconds)  # whatever the loop does between two steps is the rank's own, fetching data too
+        window = times.window(step)
+        for event in window.events if window is not None and collectives.world()[0] == 0 else ():
+            log.warning("step %d: %s: %s", step, event.kind, event.reason)
+        times.begin()
 
 
 def initialize(
@@ -216,6 +229,9 @@ def _install(engine: Any, block: LibraryBlock, is_uncapped: bool = False) -> Lib
     controller.watch()
     if block.telemetry is not None:
         controller.looks = WeightLooks(block.telemetry, controller)
+        controller.rank_times = rank_times(block.telemetry.straggler, adapter, grid, HOST)
+        if controller.rank_times is not None:
+            controller.rank_times.begin()
     _keep_in_checkpoints(engine, controller)
     if (said := controller.start_warning()) and collectives.world()[0] == 0:
         log.warning(said)

@@ -22,11 +22,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megastab.config.schema_offload import ActivationOffloadConfig
 from megastab.engine.offload_amount import Seen, amounts
+from megastab.engine.offload_disk import DiskStore
 from megastab.engine.offload_mover import Entry, Mover
-from megastab.engine.offload_store import DiskStore, HostStore
+from megastab.engine.offload_store import HostStore
 from megastab.model.block import Block
 from megastab.parallel import collectives
 
+ADDRESS = 64  # bytes; torch's own storages begin at multiples of it. Others' stay: what comes back must not lie between elements
 ON_THEIR_WAY = 2  # blocks that may be on their way out before forward waits, where everything goes
 
 
@@ -162,17 +164,18 @@ class Offloader:
 
     def _is_movable(self, tensor: Tensor) -> bool:
         is_plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
-        return is_plain and tensor.untyped_storage().nbytes() >= max(1, self.min_bytes)
+        storage = tensor.untyped_storage()
+        return is_plain and storage.nbytes() >= max(1, self.min_bytes) and storage.data_ptr() % ADDRESS == 0
 
     def _entry_of(self, scope: Scope, parameters: list[nn.Parameter], tensor: Tensor) -> Entry | None:
         storage = tensor.untyped_storage()
-        if any(p.untyped_storage().data_ptr() == storage.data_ptr() for p in parameters):
-            return None  # a view of a weight, or of the flat buffer it lies in
         known = self._known.get(int(StorageWeakRef(storage).cdata))
         if known is not None and known.version == tensor._version:
             self.counts.shared += 1
             return known
-        size = storage.nbytes()
+        begin, size = storage.data_ptr(), storage.nbytes()
+        if any(begin <= p.data_ptr() < begin + size for p in parameters):
+            return None  # a view of a weight, or of the flat buffer it lies in
         scope.offered += size
         is_probe = scope.position == 0 and scope.sent == 0  # something always goes, or the bandwidth would never be measured again
         entry = self.mover.send(tensor) if is_probe or scope.sent + size <= scope.budget else None
@@ -193,7 +196,7 @@ class Offloader:
         storage = self.mover.take(packed.entry).untyped_storage()
         packed.scope.waited += self.counts.waited_seconds - waited
         view = torch.empty(0, dtype=packed.dtype, device=packed.entry.device)
-        return view.set_(storage, packed.offset, packed.size, packed.stride)
+        return view.set_(storage, packed.offset + packed.entry.shift // view.itemsize, packed.size, packed.stride)
 
 
 def offload_activations(module: nn.Module, config: ActivationOffloadConfig) -> Offloader | None:

@@ -49,7 +49,8 @@ class Entry:
         self.identity = StorageWeakRef(storage)  # while it lives no other storage has this address
         self.tensor: Tensor | None = tensor
         """An alias of what was saved, or of what was read back; None while the bytes are outside only."""
-        self.version, self.is_original = tensor._version, True
+        self.version, self.is_original, self.shift = tensor._version, True, 0
+        """``shift``: bytes of the storage that was read back before those that were saved."""
         self.size, self.device = storage.nbytes(), tensor.device
         self.slot, self.store, self.mark = slot, store, mark
         self.is_wanted = self.is_torn = False
@@ -128,13 +129,13 @@ class Mover:
                 entry.is_wanted = True
             elif entry.reading is None:
                 # Allocated here, among the compute stream's memory: a thread's own would be another arena, or another stream's pool.
-                target = torch.empty(entry.size, dtype=torch.uint8, device=entry.device)
+                target = self.store.target(entry.slot, entry.size, entry.device)
                 entry.reading = self._readers.submit(self._read, entry, target, self.lane.moment())
 
     def _read(self, entry: Entry, target: Tensor, mark: Any) -> None:
         with self.in_rate.busy(entry.size), self.lane.after(mark):
             self.store.get(entry.slot, target)
-        entry.is_original = False
+        entry.is_original, entry.shift = False, int(target.storage_offset())
         entry.tensor = target
         with self._lock:
             self.counts.read += entry.size
@@ -146,14 +147,14 @@ class Mover:
             RuntimeError: it was changed in place after it was saved, or the disk does not give back what it was given.
         """
         self.fetch(entry)
-        if entry.reading is not None and entry.tensor is None:
+        if entry.reading is not None and entry.tensor is None and not entry.is_torn:
             began = time.perf_counter()
             entry.reading.result()
             self.counts.waited_seconds += time.perf_counter() - began
         tensor = entry.tensor
-        assert tensor is not None
-        if entry.is_torn or (entry.is_original and tensor._version != entry.version):
+        if entry.is_torn or (tensor is not None and entry.is_original and tensor._version != entry.version):
             raise RuntimeError(f"a tensor of {entry.size} bytes that backward needs was changed in place after it was saved")
+        assert tensor is not None
         return tensor
 
     def settle(self, entry: Entry) -> None:

@@ -1,4 +1,5 @@
-"""Going back to the last good checkpoint or copy in memory, and what a run leaves out since: ``skips.json`` in the run folder.
+"""Going back to the last good checkpoint, to a copy in memory or to where the run began from, and what a run leaves out since:
+``skips.json`` in the run folder.
 
 The file is written the moment a run goes back, after the checkpoints of the steps taken back are gone: a crash before it meets the same
 samples again and goes back again; a crash after it knows what to leave out. Reading it twice, or beside a checkpoint that knows of it,
@@ -108,7 +109,7 @@ def rewind(trainer: Trainer, verdict: Verdict) -> None:
     samples = train.skips.back(train.consumed, num_bad * trainer.config.global_batch), train.consumed - 1
     trainer.tell_saved(trainer.saver.finish())  # what is still on its way may be the one
     damaged: list[str] = []
-    good = store.newest_before(trainer.checkpoints, verdict.first_bad_step, damaged.append)
+    good = store.newest_before(trainer.checkpoints, verdict.first_bad_step, damaged.append, trainer.origin)
     trainer.tell([Event(trainer.step, "warning", said) for said in damaged])
     held = trainer.snapshots.newest_before(verdict.first_bad_step)
     if good is None and held is None:
@@ -123,9 +124,10 @@ def rewind(trainer: Trainer, verdict: Verdict) -> None:
         manifest, where = trainer.restore(held), f"the copy in memory of step {held.manifest.step}"
     else:
         assert good is not None
-        manifest, where = trainer.load(good), good.name
+        is_own = good.parent == trainer.checkpoints
+        manifest, where = trainer.load(good), good.name if is_own else str(good)
     go_back(trainer.built.controller, manifest.stability)
-    if good is None:  # a crash from here on must find a checkpoint, and none of the bad steps
+    if good is None or good.parent != trainer.checkpoints:  # a crash from here on must find a checkpoint here, and none of the bad steps
         trainer.save()
         trainer.tell_saved(trainer.saver.finish())
         good = trainer.checkpoints / store.tag_of(manifest.step)

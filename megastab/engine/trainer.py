@@ -18,6 +18,7 @@ from megastab.data.skips import Skips
 from megastab.data.training import TrainingData
 from megastab.engine.build import Built, build
 from megastab.engine.heartbeat import Heart
+from megastab.engine.processes import HOST
 from megastab.engine.replay import replay
 from megastab.engine.rewind import Rewinds, rewind
 from megastab.engine.run_lock import RunLock, lock_folder
@@ -42,12 +43,14 @@ from megastab.telemetry.sinks import (
     sample_to_monitor,
     to_monitor,
 )
+from megastab.telemetry.straggler import Window, rank_times
 from megastab.telemetry.tags import TAGS, WEIGHT_STD
 from megastab.telemetry.throughput import peak_memory_gb, rates
 
 CHECKPOINTS = "checkpoints"  # in the run folder
 PICTURE, HEADS_PICTURE = "activations", "attention_heads"  # their names in TensorBoard
-SAID = ("warning", "skip", "loss_spike", "replay", "rewind", "stop", "massive_activation")  # events that also reach the console
+# Events that also reach the console.
+SAID = ("warning", "skip", "loss_spike", "replay", "rewind", "stop", "massive_activation", "straggler")
 
 
 class Trainer:
@@ -79,6 +82,7 @@ class Trainer:
         self.stepper = Stepper(self.engine, config, grid)
         self.built.controller.read_loss = self.stepper.loss_at_norm
         self.sampler = Sampler(config.megastab.telemetry, self.built.controller, config.megastab.model.num_layers)
+        self.rank_times = rank_times(config.megastab.telemetry.straggler, self.built.adapter, grid, HOST)
         self.flops = flops_per_token(config.megastab.model)
         self.last: StepRecord | None = None
         self._saved_step, self._unsaved = 0, False
@@ -124,6 +128,8 @@ class Trainer:
             self.forget_after(0)  # of a run that ended before its first checkpoint
             return
         manifest = self.load(self.origin)
+        if self.folder.is_writer and self.origin.parent == self.checkpoints:
+            store.name_as_latest(self.origin)
         self.leave_out(Skips.of(manifest.skips))
         for change in self.built.controller.load_state_dict(manifest.stability):
             self.folder.event(Event(self.step, "settings", change))
@@ -154,6 +160,8 @@ class Trainer:
     def _stand_at(self, manifest: Manifest) -> None:
         self.step, self.data.train.consumed = manifest.step, manifest.consumed
         self.snapshots.forget_after(self.step)
+        if self.rank_times is not None:
+            self.rank_times.restart()
 
     def leave_out(self, more: Skips) -> None:
         """From here on, without these samples."""
@@ -172,6 +180,8 @@ class Trainer:
         run, total = self.config.megastab.run, self.config.total_steps
         if self.step == 0 and (said := self.built.controller.start_warning()):
             self.tell([Event(0, "warning", said)])
+        if self.step and self._is_to_evaluate() and collectives.from_first(self.folder.lacks_evaluation(self.step)):
+            self.evaluate()  # the run was asked to stop in the midst of it
         while self.step < total:
             if self.stop.poll():
                 self._leave()
@@ -185,7 +195,7 @@ class Trainer:
             is_last = self.step == total
             if self.step % run.log_interval == 0 or is_last or self.step == 1:
                 self.folder.say(console_line(record, total, extra))
-            if is_last or (run.eval_interval and self.step % run.eval_interval == 0):
+            if self._is_to_evaluate():
                 self.evaluate()
             if is_last or (run.save_interval and self.step % run.save_interval == 0):
                 self.save()
@@ -205,6 +215,8 @@ class Trainer:
 
     def take_step(self) -> tuple[StepRecord, dict[str, float]]:
         """One optimizer step and its record."""
+        if self.rank_times is not None:
+            self.rank_times.begin()
         began = time.perf_counter()
         batches = self.data.train.next_step()
         fetched = time.perf_counter()
@@ -215,6 +227,8 @@ class Trainer:
         controller.step_done()
         sample = self.sampler.finish()
         seconds = time.perf_counter() - began
+        if self.rank_times is not None:
+            self.rank_times.end(seconds, fetched - began)
         self.step += 1
         tokens = self.config.tokens_per_step
         record = controller.record(step=self.step, loss=loss, lr=lr, tokens=tokens, seconds=seconds)
@@ -224,6 +238,8 @@ class Trainer:
         self._publish(record, extra)
         if sample is not None:
             self._publish_sample(sample)
+        if self.rank_times is not None and (window := self.rank_times.window(self.step)) is not None:
+            self._publish_rank_times(window)
         samples = self.data.train.last_step
         assert samples is not None
         self.tell(events_of_step(controller, record, verdict, samples, self.data.train.skips.within(*samples)))
@@ -253,12 +269,22 @@ class Trainer:
                 picture_to_monitor(monitor, sample.step, HEADS_PICTURE, image_of(figure_of_heads(sample)))
         self.tell(self.sampler.events(sample))
 
+    def _publish_rank_times(self, window: Window) -> None:
+        if self.folder.is_writer:
+            self.folder.rank_times(window.to_json())
+            to_monitor(self.engine.monitor, window.step, window.scalars())
+        self.tell(window.events)
+
     def tell(self, events: Sequence[Event]) -> None:
         """Into events.jsonl, and what a person at the console should not miss there as well."""
         for event in events:
             self.folder.event(event)
             if event.kind in SAID:
                 self.folder.say(f"step {event.step}: {event.kind}: {event.reason}")
+
+    def _is_to_evaluate(self) -> bool:
+        every = self.config.megastab.run.eval_interval
+        return self.step == self.config.total_steps or bool(every and self.step % every == 0)
 
     def evaluate(self) -> float | None:
         """Validation loss, printed and logged; None without validation data, or where the run was asked to stop meanwhile."""

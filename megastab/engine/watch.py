@@ -33,7 +33,7 @@ LOST = 87
 LOOK_SECONDS = 1.0  # between looks at the processes of this machine
 ASK_SECONDS = 5.0  # between looks at the run folder, which may be on a slow disk
 SPOKEN_SECONDS = 2.0  # the others leave this much after the one that speaks
-WAITING_FILES = ("torch/distributed/", "deepspeed/comm/", "parallel/collectives.py")
+WAITING_FILES = ("torch/distributed/", "deepspeed/comm/", "parallel/collectives.py", "parallel/waiting.py", "engine/signals.py")
 
 
 class Watch(threading.Thread):

@@ -5,8 +5,11 @@ Rows are dim 0. Every function takes its group; none reads a global one. A group
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -15,8 +18,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from megastab.config.errors import UserError
+from megastab.parallel.waiting import Counted, Waiting
 
 Group = Any  # torch.distributed.ProcessGroup, or None for a group of one
+Store = Any  # torch.distributed.Store: a table all ranks read and write
 Work = Any  # what an asynchronous collective returns
 
 
@@ -28,6 +33,12 @@ class PeerFailed(Exception):
         self.exit_code = exit_code
 
 
+def count_waiting(waiting: Waiting | None) -> None:
+    """Have the time this process stands in the collectives of this file counted, or no longer."""
+    global dist
+    dist = torch.distributed if waiting is None else Counted(torch.distributed, waiting)  # type: ignore[assignment]
+
+
 def is_initialized() -> bool:
     """Whether this process belongs to a job."""
     return dist.is_available() and dist.is_initialized()
@@ -36,6 +47,17 @@ def is_initialized() -> bool:
 def world() -> tuple[int, int]:
     """(rank, number of ranks) of the job; (0, 1) outside one."""
     return (dist.get_rank(), dist.get_world_size()) if is_initialized() else (0, 1)
+
+
+def job_store(keeps: bool, seconds: float) -> Store:
+    """The store at MASTER_ADDR:MASTER_PORT that the backend will meet at too, by names of this start of the job (a restart has its own).
+
+    ``keeps``: this process serves it, to the backend as well. Nobody is waited for.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    world_size, patience = int(os.environ["WORLD_SIZE"]), timedelta(seconds=seconds)
+    store = dist.TCPStore(address, port, world_size, keeps, patience, wait_for_workers=False, multi_tenant=True)
+    return dist.PrefixStore(f"megastab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def group_size(group: Group) -> int:
@@ -53,11 +75,11 @@ def job_group() -> Group:
     return dist.group.WORLD if world()[1] > 1 else None
 
 
-def new_groups(ranks_by_group: Sequence[Sequence[int]]) -> Group:
+def new_groups(ranks_by_group: Sequence[Sequence[int]], backend: str | None = None) -> Group:
     """Make disjoint groups (collective over the whole job); return this rank's, or None if it would be alone in it."""
     if max(len(ranks) for ranks in ranks_by_group) == 1:
         return None
-    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_by_group])
+    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in ranks_by_group], backend=backend)
     return mine
 
 
@@ -164,17 +186,30 @@ def sum_doubles_(values: Tensor, group: Group) -> None:
         values.copy_(staged)
 
 
-def own_channel() -> Group:
-    """A group of all ranks beside the job's, on the CPU: what it sends waits for no kernel (collective over the job)."""
-    return dist.new_group(backend="gloo") if world()[1] > 1 else None
+def gather_doubles(values: Sequence[float]) -> Tensor:
+    """Every rank's equally many ``values``, fp64 [ranks of the job, values], on the CPU of each; one all-gather."""
+    mine = torch.tensor([list(values)], dtype=torch.float64, device=get_accelerator().current_device_name())
+    return gather_rows(mine, job_group())[0].cpu()
 
 
-def any_of(flag: bool, channel: Group) -> bool:
-    """Whether ``flag`` is set on any rank of a group on the CPU; one all-reduce of one integer."""
-    if channel is None:
-        return flag
+def own_channel() -> list[Group]:
+    """Groups for :func:`any_of`, beside the job's and on the CPU: what they send waits for no kernel (collective over the job).
+
+    The ranks stand in a table, as near a square as their number divides into; a rank is in the group of its row and in that of its
+    column. One group of all would hold a connection for each pair of ranks, more than a process may have open from a thousand ranks on.
+    """
+    size = world()[1]
+    width = size // max(height for height in range(1, math.isqrt(size) + 1) if size % height == 0)
+    rows = [range(first, first + width) for first in range(0, size, width)]
+    columns = [range(place, size, width) for place in range(width)]
+    return [group for ranks in (rows, columns) if (group := new_groups(ranks, "gloo")) is not None]
+
+
+def any_of(flag: bool, channel: Sequence[Group]) -> bool:
+    """Whether ``flag`` is set on any rank: one integer, its maximum over this rank's row and then, of those, over its column."""
     found = torch.tensor([int(flag)])
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=channel)
+    for group in channel:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
     return bool(found)
 
 

@@ -1,7 +1,7 @@
 """Bytes of activations one rank keeps for backward: an estimate, from the tensors our blocks save.
 
-Letters as in ``megastab.model``: G tokens of a micro-batch, T = G, or G / tp under sequence parallel, D residual width, a and k this
-rank's query and key channels, F its MLP channels, V its vocabulary rows, e bytes of an activation. Kept per block:
+Letters as in ``megastab.model``: G tokens of a micro-batch at this rank's positions, T = G, or G / tp under sequence parallel, D residual
+width, a and k this rank's query and key channels, F its MLP channels, V its vocabulary rows, e bytes of an activation. Kept per block:
 
 | recompute  | residual stream, T D e each    | attention, G e each                        | MLP, G e each                 |
 |------------|--------------------------------|--------------------------------------------|-------------------------------|
@@ -10,8 +10,11 @@ rank's query and key channels, F its MLP channels, V its vocabulary rows, e byte
 | full       | the block's input              |                                            |                               |
 
 plus, with an output gate, the gates and the gated output; with norms of queries and keys, these normed (gpt) and their inputs (by head);
-with a kv_bias, its logits; and what is small: statistics of norms and softmax, rotary tables, dropout's masks. Recompute brings one
-block's share back while its backward runs. Not counted: what a kernel allocates inside, and the allocator's fragments.
+with a kv_bias, its logits; and what is small: statistics of norms and softmax, rotary tables, dropout's masks. Where ranks share a
+sequence, attention keeps what the exchange brought, its own share of the heads at all positions (as much as its share of the positions
+with all heads, but for KV heads fewer than ranks, which go to several), and its output both as it left and as it came back; the fused
+projection only where norms of queries and keys look into it. Recompute brings one block's share back while its backward runs. Not counted:
+what a kernel allocates inside, what an exchange holds while it lasts, and the allocator's fragments.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from megastab.config.config import Config
 from megastab.config.schema import ModelConfig, Recompute
 from megastab.config.vocab import padded_vocab
 from megastab.model.counts import gate_rows, has_final_norm, learns_embedding_scale, norms_of_a_branch
-from megastab.plan.parameters import Stage, kv_width
+from megastab.plan.parameters import Stage, exchanged_kv_width, kv_width
 
 FP32 = 4
 INDEX = 8  # an int64 token id
+ON_THEIR_WAY = 2  # blocks that leave while the next ones run, or come back while one's backward runs (engine.offload)
 LOSS_CHUNK_ELEMENTS = 1 << 25  # model.loss: fp32 elements in flight on an accelerator
 
 
@@ -39,11 +43,20 @@ class Activations:
     """Micro-batches between forward and backward at once (1F1B: as many as stages from here to the last)."""
     workspace: int
     """What backward adds for a moment: one block's recomputed share, or the gradient of the logits."""
+    away: int = 0
+    """Of a micro-batch's, what waits outside the device."""
+    moving: int = 0
+    """Of that, what is still or again on the device, once: blocks on their way."""
 
     @property
     def peak(self) -> int:
         """At the worst moment of a step."""
-        return self.per_micro_batch * self.in_flight + self.workspace
+        return (self.per_micro_batch - self.away) * self.in_flight + self.moving + self.workspace
+
+    @property
+    def outside(self) -> int:
+        """In host memory or on the disk at once."""
+        return self.away * self.in_flight
 
 
 @dataclass(frozen=True)
@@ -52,24 +65,32 @@ class Shape:
 
     samples: int
     seq: int
+    """Positions of a whole sequence."""
     local_tokens: int
     """T: tokens on this rank's residual stream."""
     element: int
     """Bytes of an activation."""
     tensor: int
+    context: int
+    """Ranks that share each sequence."""
 
     @classmethod
     def of(cls, config: Config) -> Shape:
         """A training micro-batch."""
-        seq, tensor = config.megastab.model.max_seq_len, config.layout.tensor
-        tokens = config.micro_batch * seq
+        seq, tensor, context = config.megastab.model.max_seq_len, config.layout.tensor, config.layout.context
+        tokens = config.micro_batch * seq // context
         local = tokens // tensor if config.megastab.parallel.sequence else tokens
-        return cls(config.micro_batch, seq, local, FP32 if config.precision == "fp32" else 2, tensor)
+        return cls(config.micro_batch, seq, local, FP32 if config.precision == "fp32" else 2, tensor, context)
+
+    @property
+    def positions(self) -> int:
+        """Of each sample on this rank."""
+        return self.seq // self.context
 
     @property
     def tokens(self) -> int:
-        """G: tokens of the micro-batch."""
-        return self.samples * self.seq
+        """G: tokens of the micro-batch on this rank."""
+        return self.samples * self.positions
 
     def stream(self, model: ModelConfig) -> int:
         """Bytes of the residual stream."""
@@ -80,8 +101,8 @@ class Shape:
         return self.tokens * count * self.element
 
 
-def activations(config: Config, stage: Stage) -> Activations:
-    """What one rank of ``stage`` keeps."""
+def activations(config: Config, stage: Stage, share: float = 1.0) -> Activations:
+    """What one rank of ``stage`` keeps; ``share``: of what may be offloaded (``parallel.activation_offload``), how much is."""
     model, recompute, shape = config.megastab.model, config.megastab.parallel.recompute, Shape.of(config)
     kept = stage.num_blocks * block_bytes(model, shape, recompute)
     if stage.has_embedding:
@@ -96,7 +117,22 @@ def activations(config: Config, stage: Stage) -> Activations:
         workspace = max(workspace, shape.channels(columns) + chunk)
     elif config.layout.pipeline > 1:
         kept += shape.stream(model)  # the output waits for its gradient
-    return Activations(kept, in_flight(config, stage), workspace)
+    held = in_flight(config, stage)
+    limit = config.megastab.parallel.activation_offload.max_gb
+    one = movable(config)
+    away = int(share * one * max(0, stage.num_blocks - 1))
+    if limit is not None:
+        away = min(away, int(limit * 1e9) // held)
+    return Activations(kept, held, workspace, away, min(away, ON_THEIR_WAY * one))
+
+
+def movable(config: Config) -> int:
+    """Bytes of one block and micro-batch that may leave the device (``engine.offload``): storages that are not too small."""
+    parallel, model = config.megastab.parallel, config.megastab.model
+    if parallel.activation_offload.kind == "none":
+        return 0
+    least = parallel.activation_offload.min_kb * 1024
+    return sum(size for size in block_storages(model, Shape.of(config), parallel.recompute) if size >= least)
 
 
 def in_flight(config: Config, stage: Stage) -> int:
@@ -106,12 +142,18 @@ def in_flight(config: Config, stage: Stage) -> int:
 
 def block_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> int:
     """What one block keeps of one micro-batch."""
-    dropout = 2 * shape.local_tokens * model.hidden_size if model.dropout else 0  # one byte an element, both sites
+    return sum(block_storages(model, shape, recompute))
+
+
+def block_storages(model: ModelConfig, shape: Shape, recompute: Recompute) -> list[int]:
+    """Bytes of each storage that one block keeps of one micro-batch."""
     if recompute == "full":
-        return shape.stream(model)
+        return [shape.stream(model)]
+    dropout = 2 * [shape.local_tokens * model.hidden_size] if model.dropout else []  # one byte an element, both sites
     count = norms_of_a_branch(model)
-    norms = 2 * (count + 1) * shape.stream(model) + 2 * count * norm_statistics(model, shape)  # the branch keeps its input, too
-    return norms + dropout + _attention_bytes(model, shape, recompute) + _mlp_bytes(model, shape, recompute)
+    norms = 2 * (count + 1) * [shape.stream(model)] + 2 * count * [norm_statistics(model, shape)]  # the branch keeps its input, too
+    kept = [*norms, *dropout, *_attention_storages(model, shape, recompute), *_mlp_storages(model, shape, recompute)]
+    return [size for size in kept if size]
 
 
 def norm_statistics(model: ModelConfig, shape: Shape) -> int:
@@ -119,42 +161,51 @@ def norm_statistics(model: ModelConfig, shape: Shape) -> int:
     return shape.local_tokens * FP32 * {"layernorm": 2, "dyt": 0}.get(model.norm, 1)
 
 
-def _attention_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> int:
+def _attention_storages(model: ModelConfig, shape: Shape, recompute: Recompute) -> list[int]:
     q, kv = model.hidden_size // shape.tensor, kv_width(model, shape.tensor)
     gates = shape.channels(gate_rows(model) // shape.tensor)
     fused = shape.channels(q + 2 * kv) + gates  # values are views of the fused projection and keep the whole of it
-    out = shape.channels(q)
+    out = [shape.channels(q)]
     if recompute == "selective":
-        return fused + out
+        return [fused, *out]
     logits = shape.tokens * (model.num_heads // shape.tensor) * FP32
-    softmax = 2 * logits if model.sink == "kv_bias" else logits  # its own logits as well
-    gated = gates + out if gates else 0
+    softmax = [logits] * (2 if model.sink == "kv_bias" else 1)  # its own logits as well
+    gated = [gates, *out] if gates else []
     is_normed, is_turned = model.qk_norm != "none", model.arch == "llama"
-    table = shape.seq * model.head_dim * shape.element if is_turned else 0
-    turned = shape.channels(q + kv) if is_turned or is_normed else 0  # what attention is given; without either, views
+    table = 2 * [shape.positions * model.head_dim // 2 * shape.element] if is_turned else []
+    given = [shape.channels(q), shape.channels(kv)] if is_turned or is_normed else []  # what attention is given; without either, views
     if is_turned and not is_normed and model.num_kv_heads < shape.tensor:
         fused = shape.channels(2 * kv)  # queries are projected apart, and nothing needs them unturned
-    return fused + _qk_norm_bytes(model, shape, q, kv) + turned + table + softmax + out + gated
+    if shape.context > 1:
+        given, out = _exchanged(model, shape, q), 2 * out
+        fused = fused if model.qk_norm == "full" else 0
+    return [fused, *_qk_norm_storages(model, shape, q, kv), *given, *table, *softmax, *out, *gated]
 
 
-def _qk_norm_bytes(model: ModelConfig, shape: Shape, q: int, kv: int) -> int:
+def _exchanged(model: ModelConfig, shape: Shape, q: int) -> list[int]:
+    """Queries, keys and values as the exchange brings them: of one sample in one piece, of several copied apart."""
+    kv = exchanged_kv_width(model, shape.tensor, shape.context)
+    return [shape.channels(q + 2 * kv)] if shape.samples == 1 else [shape.channels(width) for width in (q, kv, kv)]
+
+
+def _qk_norm_storages(model: ModelConfig, shape: Shape, q: int, kv: int) -> list[int]:
     """Inputs of the norms of queries and keys, where they are no views, and their inverse deviations."""
     if model.qk_norm == "head":
-        return shape.channels(q + kv) + shape.tokens * FP32 * (q + kv) // model.head_dim
-    return 2 * shape.tokens * FP32 if model.qk_norm == "full" else 0
+        return [size for width in (q, kv) for size in (shape.channels(width), shape.tokens * FP32 * width // model.head_dim)]
+    return 2 * [shape.tokens * FP32] if model.qk_norm == "full" else []
 
 
-def _mlp_bytes(model: ModelConfig, shape: Shape, recompute: Recompute) -> int:
+def _mlp_storages(model: ModelConfig, shape: Shape, recompute: Recompute) -> list[int]:
     width = shape.channels(model.ffn_hidden_size // shape.tensor)
     mask = width // shape.element  # a boolean a channel
     into = 2 * width if model.arch == "llama" else width
     if recompute == "selective":
-        return into + width
+        return [into, width]
     # What the activation saves besides its input, and whether it needs its input at all (relu saves its output).
     activation, needs_input = {"relu": (0, False), "relu2": (width, False), "topk": (mask, False)}.get(model.activation, (0, True))
     if model.arch == "llama":
-        return into + width + activation + width  # the product of act(gate) and up keeps both factors
-    return (into if needs_input else 0) + activation + width
+        return [into, width, activation, width]  # the product of act(gate) and up keeps both factors
+    return [into if needs_input else 0, activation, width]
 
 
 def embedding_bytes(model: ModelConfig, shape: Shape) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megastab.config.config import Config
-from megastab.plan.activations import activations
 from megastab.plan.cluster import Cluster
+from megastab.plan.offload import offloaded
 from megastab.plan.parameters import Stage
 from megastab.plan.states import states
 
@@ -42,7 +42,7 @@ class Budget:
 
 def budget(config: Config, stage: Stage, cluster: Cluster) -> Budget:
     """One rank of ``stage``. Activations and buffers live in backward, the step's workspace after it: the larger of the two counts."""
-    held, kept = states(config, stage), activations(config, stage)
+    held, kept = states(config, stage), offloaded(config, stage, cluster).activations
     # What the backward of the head adds is the logits' gradient and the loss's chunk; elsewhere it is a recomputed block.
     head = kept.workspace if stage.has_head else 0
     backward = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class Cluster:
     """Gigabits a second between nodes."""
     efficiency: float = 0.5
     """Share of the peak at which the model's products and what lies between them run, nothing else in the way."""
+    host_gb_per_s: float = 25.0
+    """10^9 bytes a second that one GPU moves to pinned host memory, and as many back at the same time."""
+    disk_gb_per_s: float = 3.0
+    """10^9 bytes a second that one GPU's share of the node's local disks takes, and gives back."""
 
     @property
     def world(self) -> int:
@@ -39,18 +43,20 @@ class Cluster:
 
 
 # Memory: what is left of the nominal size for a process (nvidia-smi's total, in GiB). Peaks are dense; fp32 is without TF32, as torch
-# multiplies by default. NVLink's figures on datasheets count both directions.
+# multiplies by default. NVLink's figures on datasheets count both directions. Host: four fifths of PCIe x16 (63 GB/s a way of 5.0, 31.5 of
+# 4.0). Disk: these systems have one NVMe disk of 3.84 TB a GPU; what it takes for long is assumed, and it gives more than it takes.
 PRESETS: dict[str, Cluster] = {
     # NVIDIA H100 datasheet, SXM5: 989 TFLOP/s of 16-bit, 67 of fp32, NVLink 900 GB/s both ways; DGX H100: 8 GPUs, 400 Gb/s each.
-    "h100": Cluster(1, 8, 79.0, {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}, 3600.0, 400.0),
+    "h100": Cluster(1, 8, 79.0, {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}, 3600.0, 400.0, host_gb_per_s=50.0),
     # NVIDIA H200 datasheet, SXM: 141 GB, otherwise as H100; DGX H200.
-    "h200": Cluster(1, 8, 140.0, {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}, 3600.0, 400.0),
+    "h200": Cluster(1, 8, 140.0, {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}, 3600.0, 400.0, host_gb_per_s=50.0),
     # NVIDIA A100 datasheet, 80 GB SXM: 312 TFLOP/s, 19.5 of fp32, NVLink 600 GB/s both ways; DGX A100: 8 GPUs, 200 Gb/s each.
     "a100-80": Cluster(1, 8, 79.0, {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}, 2400.0, 200.0),
 }
 # Measured per core on a two-core AMX machine (torch 2.13): products of 1024 x 1024, and a gloo all-reduce of 8 MB in 11.4 ms.
 CPU_TFLOPS = {"bf16": 0.44, "fp16": 0.126, "fp32": 0.11}
 CPU_GBPS = 5.9
+CPU_DISK_GB_PER_S = 1.5  # of the whole machine, through O_DIRECT, summed and copied (docs/offload.md)
 
 
 def cluster_named(name: str, nodes: int | None = None) -> Cluster:
@@ -79,7 +85,8 @@ def this_cpu() -> Cluster:
     """One rank a core of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Cluster(1, cores, memory / cores, dict(CPU_TFLOPS), CPU_GBPS, CPU_GBPS)
+    disk = CPU_DISK_GB_PER_S / cores
+    return Cluster(1, cores, memory / cores, dict(CPU_TFLOPS), CPU_GBPS, CPU_GBPS, disk_gb_per_s=disk)
 
 
 def _from_file(path: Path) -> Cluster:
@@ -89,9 +96,9 @@ def _from_file(path: Path) -> Cluster:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(written, dict):
         raise UserError(f"{path} must hold an object with the keys of a cluster, not {type(written).__name__}.")
-    known = [field.name for field in fields(Cluster)]
+    known, given = [field.name for field in fields(Cluster)], [field.name for field in fields(Cluster) if field.default is not MISSING]
     problems = [f"{key} is no key of a cluster.{did_you_mean(key, known)}" for key in written if key not in known]
-    problems += [f"{key} is missing." for key in known if key not in written and key != "efficiency"]
+    problems += [f"{key} is missing." for key in known if key not in written and key not in given]
     problems += [said for key, value in written.items() if key in known and (said := _wrong(key, value))]
     if problems:
         raise UserError("\n  ".join([f"{path} cannot be used:", *problems]))

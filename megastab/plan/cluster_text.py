@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from megastab.config.config import Config
 from megastab.plan.budget import RESERVE, Budget, budget
 from megastab.plan.cluster import Cluster
+from megastab.plan.offload_text import offload_table
 from megastab.plan.parameters import Stage
 from megastab.plan.predict import LATENCY, Prediction, is_inside_node
+from megastab.plan.recompute import cluster_policy_table
 from megastab.plan.search import Candidate, Found
 from megastab.plan.traffic import traffic
 from megastab.plan.transfer import ranks_of
-from megastab.plan.units import amount, size, table
+from megastab.plan.units import alike, amount, named, seconds, size, table
 
 SHOWN = 10
 
@@ -21,8 +23,10 @@ SHOWN = 10
 def on_cluster(config: Config, cluster: Cluster, stages: Sequence[Stage], predicted: Prediction) -> str:
     """Memory against what a GPU has, bytes by group, and the time of a step."""
     lines = [describe(cluster), "", f"Memory of one rank, by category and stage; {100 * RESERVE:.0f} % of a GPU kept in reserve"]
-    lines += [*_budgets(config, cluster, stages), "", "Payload of one rank in one step, by stage"]
-    lines += [*_traffic(config, cluster, stages), "", *_time(config, predicted), *assumptions(cluster)]
+    lines += [*_budgets(config, cluster, stages), *offload_table(config, cluster, stages), "", "Payload of one rank in one step, by stage"]
+    lines += [*_traffic(config, cluster, stages), "", *_time(config, predicted)]
+    lines += ["", "By megastab.parallel.recompute, everything else as it is", *cluster_policy_table(config, cluster, stages), ""]
+    lines += assumptions(cluster)
     return "\n".join(lines)
 
 
@@ -39,33 +43,19 @@ def assumptions(cluster: Cluster) -> list[str]:
     """What a prediction rests on."""
     said = (
         f"A prediction, not a measurement. Assumed: {100 * cluster.efficiency:g} % of the peak outside communication; 1F1B at the pace of "
-        f"the slowest stage; rings at full link speed and {LATENCY * 1e6:g} us a doubling of ranks; tensor-parallel, pipeline and ZeRO 0-2 "
+        f"the slowest stage; rings at full link speed and {LATENCY * 1e6:g} us a doubling of ranks; tensor-parallel, "
+        "context-parallel, pipeline and ZeRO 0-2 "
         "traffic exposed, ZeRO 3's hidden as far as the products last. Not in it: the update, data, checkpoints, stragglers, contention."
     )
     return textwrap.wrap(said, 120)
 
 
-def _named(groups: Sequence[Sequence[int]]) -> list[str]:
-    return [f"stage {group[0]}" if len(group) == 1 else f"stages {group[0]}-{group[-1]}" for group in groups]
-
-
-def _alike(values: Sequence[object]) -> list[list[int]]:
-    """Neighbours that are equal, together."""
-    groups: list[list[int]] = []
-    for i, value in enumerate(values):
-        if groups and values[groups[-1][0]] == value:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
 def _budgets(config: Config, cluster: Cluster, stages: Sequence[Stage]) -> list[str]:
     budgets = [budget(config, stage, cluster) for stage in stages]
-    groups = _alike(budgets)
+    groups = alike(budgets)
     shown = [budgets[group[0]] for group in groups]
     names = dict.fromkeys(name for one in shown for name in one.categories)
-    rows = [["", *_named(groups)]]
+    rows = [["", *named(groups)]]
     rows += [[name, *(size(one.categories.get(name, 0)) for one in shown)] for name in names]
     rows += [["in all", *(size(one.total) for one in shown)], ["available", *(size(one.available) for one in shown)]]
     return table([*rows, ["", *("fits" if one.fits else "DOES NOT FIT" for one in shown)]])
@@ -73,14 +63,14 @@ def _budgets(config: Config, cluster: Cluster, stages: Sequence[Stage]) -> list[
 
 def _traffic(config: Config, cluster: Cluster, stages: Sequence[Stage]) -> list[str]:
     sent = [traffic(config, stage) for stage in stages]
-    groups = _alike(sent)
+    groups = alike(sent)
     if not any(sent):
         return ["  nothing: one rank"]
-    rows = [["", "collective", "group", "ranks", "link", *_named(groups)]]
+    rows = [["", "collective", "group", "ranks", "link", *named(groups)]]
     keys = dict.fromkeys((t.what, t.kind, t.group) for transfers in sent for t in transfers)
     for what, kind, group in keys:
         link = "node" if is_inside_node(config, cluster, group) else "network"
-        held = [[t for t in sent[alike[0]] if (t.what, t.kind, t.group) == (what, kind, group)] for alike in groups]
+        held = [[t for t in sent[own[0]] if (t.what, t.kind, t.group) == (what, kind, group)] for own in groups]
         cells = [f"{size(sum(t.bytes for t in found))} in {sum(t.calls for t in found)}" if found else "-" for found in held]
         rows.append([what, kind.replace("_", "-"), group, str(ranks_of(config, group)), link, *cells])
     return table(rows)
@@ -88,22 +78,18 @@ def _traffic(config: Config, cluster: Cluster, stages: Sequence[Stage]) -> list[
 
 def _time(config: Config, predicted: Prediction) -> list[str]:
     rows = [["compute", seconds(predicted.compute)], ["tensor-parallel traffic", seconds(predicted.tensor)]]
+    rows += [["context-parallel traffic", seconds(predicted.context)]] if config.layout.context > 1 else []
     rows += [["pipeline traffic", seconds(predicted.pipeline)], ["pipeline bubble", seconds(predicted.bubble)]]
-    rows += [["data-parallel traffic", seconds(predicted.data)], ["step", seconds(predicted.seconds)]]
+    rows += [["data-parallel traffic", seconds(predicted.data)]]
+    rows += [["waiting for activations", seconds(predicted.offload)]] if predicted.offload else []
+    rows += [["step", seconds(predicted.seconds)]]
     rate = amount(config.tokens_per_step / predicted.seconds)
     return ["Predicted time of a step", *table([*rows, ["MFU", f"{100 * predicted.mfu:.1f} %"], ["tokens a second", rate]])]
 
 
-def seconds(value: float) -> str:
-    """``3.25 s``, ``12 ms``, ``0``."""
-    if not value:
-        return "0"
-    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.2g} us"
-
-
 def found_page(found: Found, cluster: Cluster) -> str:
     """The fastest layouts, and why the others are out."""
-    rows = [["", "tp", "pp", "dp", "ZeRO", "recompute", "micro", "memory", "step", "MFU"]]
+    rows = [["", "tp", "cp", "pp", "dp", "ZeRO", "recompute", "micro", "memory", "step", "MFU"]]
     rows += [[f"{i}.", *cells(candidate)] for i, candidate in enumerate(found.fitting[:SHOWN], start=1)]
     lines = [describe(cluster), "", f"{len(found.fitting)} layouts fit; the fastest by prediction", *table(rows), ""]
     if found.reasons:
@@ -116,7 +102,7 @@ def cells(candidate: Candidate) -> list[str]:
     """A row of a table of layouts, from tp on."""
     config, layout = candidate.config, candidate.config.layout
     tensor = f"{layout.tensor} sp" if config.megastab.parallel.sequence else str(layout.tensor)
-    cut = [tensor, str(layout.pipeline), str(layout.data), str(config.zero_stage), config.megastab.parallel.recompute]
+    cut = [tensor, str(layout.context), str(layout.pipeline), str(layout.data), str(config.zero_stage), config.megastab.parallel.recompute]
     predicted = candidate.prediction
     return [*cut, str(config.micro_batch), size(candidate.budget.total), seconds(predicted.seconds), f"{100 * predicted.mfu:.1f} %"]
 
@@ -124,8 +110,9 @@ def cells(candidate: Candidate) -> list[str]:
 def in_words(config: Config) -> str:
     """A layout in a phrase."""
     layout, parallel = config.layout, config.megastab.parallel
+    shared = f"context {layout.context} x " if layout.context > 1 else ""
     return (
-        f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, ZeRO {config.zero_stage}, recompute "
+        f"tensor {layout.tensor} x {shared}pipeline {layout.pipeline} x data {layout.data}, ZeRO {config.zero_stage}, recompute "
         f"{parallel.recompute}, micro-batch {config.micro_batch}"
     )
 

@@ -15,9 +15,11 @@ from megastab.config.load import load_config
 from megastab.config.source import apply_overrides, read_source
 from megastab.plan.cluster import Cluster, cluster_named
 from megastab.plan.cluster_text import found_page, on_cluster, shortage
+from megastab.plan.offload import offloaded
 from megastab.plan.parameters import stages
 from megastab.plan.plan import plan, with_vocabulary
 from megastab.plan.predict import predict
+from megastab.plan.recompute import on_cluster as by_recompute
 from megastab.plan.search import Found, check_precision, search
 from megastab.plan.text import render
 from megastab.plan.traffic import traffic
@@ -78,7 +80,11 @@ def _planned(config: Config, cluster: Cluster, as_json: bool) -> str:
         return f"{render(made)}\n\n{on_cluster(config, cluster, cut, predicted)}"
     sent = [[asdict(transfer) for transfer in traffic(config, stage)] for stage in cut]
     time = {**asdict(predicted), "seconds": predicted.seconds, "mfu": predicted.mfu}
-    return json.dumps({**made.to_json(), "cluster": asdict(cluster), "traffic": sent, "prediction": time}, indent=2)
+    away = [asdict(offloaded(config, stage, cluster)) for stage in cut]
+    by_policy = {name: {"memory": held.total, "fits": held.fits, "seconds": predicted.seconds, "mfu": predicted.mfu}
+                 for name, held, predicted in by_recompute(config, cluster, cut)}  # fmt: skip
+    found = {"cluster": asdict(cluster), "traffic": sent, "prediction": time, "activation_offload": away, "recompute_policies": by_policy}
+    return json.dumps({**made.to_json(), **found}, indent=2)
 
 
 def _searched(path: str, overrides: Sequence[str], cluster: Cluster, name: str, as_json: bool) -> str:
@@ -99,7 +105,7 @@ def _uncut(path: str, overrides: Sequence[str]) -> list[str]:
     apply_overrides(written, overrides)
     if written.get("train_batch_size") is None:
         raise UserError("--search compares layouts of one global batch: give train_batch_size (in the file, or train_batch_size=1024).")
-    keys = {"tensor": "1", "pipeline": "1", "sequence": "false"}
+    keys = {"tensor": "1", "pipeline": "1", "context": "1", "sequence": "false"}
     batch = ["train_micro_batch_size_per_gpu=1", "gradient_accumulation_steps=null"]
     return [*(f"megastab.parallel.{key}={value}" for key, value in keys.items()), *batch]
 

@@ -125,7 +125,8 @@ def uses(config: Config, stage: Stage) -> list[Use]:
     ends: list[Tree] = [*after, ("embedding",)] if model.tie_embeddings else [*after]
     whole: Tree = [*before, *blocks, *ends]
     again = recompute == "full"
-    return [*_forward(whole), *_backward(whole, blocks if again else [])]
+    drops_last = bool(model.dropout) and model.norm_position != "post"
+    return [*_forward(whole), *_backward(whole, blocks if again else [], drops_last)]
 
 
 def _block(layers: dict[str, list[str]], index: int, is_open: bool) -> Tree:
@@ -153,17 +154,17 @@ def _forward(tree: Tree) -> Iterator[Use]:
         yield from _forward(child)
 
 
-def _backward(tree: Tree, recomputed: list[Tree]) -> Iterator[Use]:
+def _backward(tree: Tree, recomputed: list[Tree], drops_last: bool) -> Iterator[Use]:
     if isinstance(tree, tuple):
         yield tree
         return
     yield ()
     if any(tree is block for block in recomputed):
         forward = list(_forward(tree))[1:]
-        last = max(i for i, use in enumerate(forward) if use)
-        yield from forward[:last]  # recomputation ends inside the last layer, whose backward has begun it
+        # Recomputation ends inside the last layer that saves something, whose backward has begun it: one with weights, or dropout.
+        yield from forward[: -1 if drops_last else max(i for i, use in enumerate(forward) if use)]
     for child in reversed(tree):
-        yield from _backward(child, recomputed)
+        yield from _backward(child, recomputed, drops_last)
 
 
 def _layer_of(name: str) -> str:

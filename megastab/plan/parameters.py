@@ -129,3 +129,8 @@ def _attention_vectors(model: ModelConfig, tensor: int, name: str) -> Iterator[W
 def kv_width(model: ModelConfig, tensor: int) -> int:
     """Channels of the keys on one rank: whole heads, at least one."""
     return max(1, model.num_kv_heads // tensor) * model.head_dim
+
+
+def exchanged_kv_width(model: ModelConfig, tensor: int, context: int) -> int:
+    """Channels of the keys that go to the ranks of a sequence: with fewer heads than ranks, each to several."""
+    return max(kv_width(model, tensor), context * model.head_dim)

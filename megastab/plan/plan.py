@@ -17,7 +17,9 @@ from megastab.config.errors import UserError
 from megastab.config.settings import offload_device
 from megastab.model.counts import flops_per_token, num_parameters
 from megastab.plan.activations import Activations, activations
+from megastab.plan.offload_text import offload_line
 from megastab.plan.parameters import Stage, Weight, decay_groups, stages
+from megastab.plan.recompute import Policy, policies
 from megastab.plan.states import States, states
 from megastab.wrappers.choice import wrapper_name
 
@@ -70,6 +72,10 @@ class Plan:
     bubble: float
     """Share of a step in which a pipeline stage has nothing to do."""
     recompute: str
+    offload: str
+    """Of activations, in words; empty where they stay."""
+    policies: tuple[Policy, ...]
+    """What each value of ``parallel.recompute`` would keep and cost."""
     stages: tuple[StagePlan, ...]
     groups: tuple[DecayGroup, ...]
     completions: tuple[Completion, ...]
@@ -99,7 +105,7 @@ def plan(config: Config) -> Plan:
     """
     config = with_vocabulary(config)
     model, layout = config.megastab.model, config.layout
-    offloads = offload_device(config.deepspeed, "optimizer") != "none"
+    offloads, cut = offload_device(config.deepspeed, "optimizer") != "none", stages(model, layout)
     return Plan(
         model=f"{model.arch}: {model.num_layers} blocks, width {model.hidden_size}, {model.num_heads} heads ({model.num_kv_heads} KV), "
         f"MLP {model.ffn_hidden_size}, sequence {model.max_seq_len}, vocabulary {model.vocab_size}",
@@ -115,7 +121,9 @@ def plan(config: Config) -> Plan:
         flops_per_token=flops_per_token(model),
         bubble=(layout.pipeline - 1) / (config.accumulation + layout.pipeline - 1),
         recompute=config.megastab.parallel.recompute,
-        stages=tuple(_stage_plan(config, stage) for stage in stages(model, layout)),
+        offload=offload_line(config),
+        policies=policies(config, cut),
+        stages=tuple(_stage_plan(config, stage) for stage in cut),
         groups=tuple(_groups(config)),
         completions=config.completions,
     )

@@ -45,13 +45,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     one = cluster_named(arguments.cluster)
-    print("| model | GPUs | tp | pp | dp | ZeRO | recompute | micro-batch | memory | step | MFU |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| model | GPUs | tp | cp | pp | dp | ZeRO | recompute | micro-batch | memory | step | MFU |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name, *shape in SHAPES:
         for gpus in GPUS:
             cluster = replace(one, nodes=max(1, gpus // one.gpus_per_node))
             found = search(spread(load_config(config_of(*shape), world_size=1), cluster), cluster)
-            row = cells(found.fitting[0]) if found.fitting else ["fits nowhere", *[""] * 8]
+            row = cells(found.fitting[0]) if found.fitting else ["fits nowhere", *[""] * 9]
             print("| " + " | ".join([name, str(gpus), *row]) + " |", flush=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 from megastab.config.complete import ACCELERATOR_BUCKET
 from megastab.config.config import Config
@@ -17,8 +17,11 @@ from megastab.plan.budget import Budget, largest_budget
 from megastab.plan.cluster import Cluster
 from megastab.plan.parameters import Stage, stages
 from megastab.plan.predict import Prediction, predict
+from megastab.plan.recompute import RECOMPUTES
 
-RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
+LONG_SEQUENCE = 1 << 14
+"""Positions from which ranks may share a sequence; below, a search tries it only where that may be what is missing."""
+ALL_BATCHES = "the global batch cannot be shared by the data-parallel ranks"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Candidate:
         parallel = self.config.megastab.parallel
         said = {
             "megastab.parallel.tensor": parallel.tensor,
+            "megastab.parallel.context": parallel.context,
             "megastab.parallel.pipeline": parallel.pipeline,
             "megastab.parallel.sequence": str(parallel.sequence).lower(),
             "megastab.parallel.recompute": parallel.recompute,
@@ -58,14 +62,29 @@ class Found:
 
 
 def search(config: Config, cluster: Cluster) -> Found:
-    """Cut ``config`` in every way: tensor x pipeline x data, ZeRO stage, recompute and micro-batch; its global batch stays.
+    """Cut ``config`` in every way: tensor x context x pipeline x data, ZeRO stage, recompute and micro-batch; its global batch stays.
+    Ranks share sequences only where these are long, or where nothing fits and activations, or more ranks than samples, are the reason.
 
     Raises:
         UserError: the cluster says no peak for the config's precision.
     """
     check_precision(config, cluster)
+    if config.megastab.model.max_seq_len >= LONG_SEQUENCE:
+        return _searched(config, cluster, shares=True)
+    found = _searched(config, cluster, shares=False)
+    return _searched(config, cluster, shares=True) if _sharing_may_help(found) else found
+
+
+def _sharing_may_help(found: Found) -> bool:
+    if found.fitting:
+        return False
+    largest = found.closest[1].largest if found.closest else ""
+    return ALL_BATCHES in found.reasons or largest in ("activations", "logits and loss")
+
+
+def _searched(config: Config, cluster: Cluster, shares: bool) -> Found:
     found, held = Found(), dict[tuple[int, int], list[Stage]]()
-    for candidate in candidates(config, cluster, found.reasons):
+    for candidate in candidates(config, cluster, found.reasons, shares):
         key = (candidate.layout.tensor, candidate.layout.pipeline)
         if key not in held:
             held[key] = distinct(stages(candidate.megastab.model, candidate.layout))
@@ -96,12 +115,12 @@ def check_precision(config: Config, cluster: Cluster) -> None:
         )
 
 
-def candidates(config: Config, cluster: Cluster, reasons: Counter[str]) -> Iterator[Config]:
-    """Every cut that the config's rules allow; the others are counted."""
-    for layout in _layouts(config, cluster, reasons):
+def candidates(config: Config, cluster: Cluster, reasons: Counter[str], shares: bool = False) -> Iterator[Config]:
+    """Every cut that the config's rules allow; the others are counted. With ``shares`` also those where ranks share sequences."""
+    for layout in _layouts(config, cluster, reasons, shares):
         samples, rest = divmod(config.global_batch, layout.data)
         if rest:
-            reasons["the global batch cannot be shared by the data-parallel ranks"] += 1
+            reasons[ALL_BATCHES] += 1
             continue
         for stage in _zero_stages(config):
             if stage > 1 and layout.pipeline > 1:
@@ -116,17 +135,27 @@ def candidates(config: Config, cluster: Cluster, reasons: Counter[str]) -> Itera
                         yield made
 
 
-def _layouts(config: Config, cluster: Cluster, reasons: Counter[str]) -> Iterator[Layout]:
+def _layouts(config: Config, cluster: Cluster, reasons: Counter[str], shares: bool) -> Iterator[Layout]:
     model, world = config.megastab.model, cluster.world
     for tensor in (t for t in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % t == 0):
         if model.num_heads % tensor or model.ffn_hidden_size % tensor:
             reasons["heads or MLP channels cannot be cut over the tensor-parallel ranks"] += 1
             continue
-        for pipeline in (p for p in range(1, world // tensor + 1) if world // tensor % p == 0):
-            if pipeline > model.num_layers:
-                reasons["more pipeline stages than blocks"] += 1
-                continue
-            yield Layout(world, tensor, pipeline, world // tensor // pipeline)
+        rest = world // tensor
+        for pipeline in (p for p in range(1, min(model.num_layers, rest) + 1) if rest % p == 0):
+            copies = rest // pipeline
+            for context in _contexts(config, tensor, copies) if shares else (1,):
+                yield Layout(world, tensor, pipeline, copies // context, context)
+        if rest > model.num_layers:
+            reasons["more pipeline stages than blocks"] += 1
+
+
+def _contexts(config: Config, tensor: int, copies: int) -> list[int]:
+    """Ways to share a sequence: whole heads for each rank, or a copy of one (as ``config.rules`` asks), and equal runs of positions."""
+    model = config.megastab.model
+    heads, kv_heads = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
+    sizes = [size for size in range(1, heads + 1) if heads % size == 0 == copies % size == model.max_seq_len % size]
+    return [size for size in sizes if kv_heads % size == 0 or size % kv_heads == 0]
 
 
 def _zero_stages(config: Config) -> tuple[int, ...]:
@@ -142,8 +171,11 @@ def _powers(samples: int) -> Iterator[int]:
 
 def _cut(config: Config, layout: Layout, stage: int, micro: int, recompute: Recompute) -> Config:
     parallel = config.megastab.parallel.model_copy(
-        update={"tensor": layout.tensor, "pipeline": layout.pipeline, "sequence": layout.tensor > 1, "recompute": recompute}
-    )
+        update={
+            "tensor": layout.tensor, "context": layout.context, "pipeline": layout.pipeline, "sequence": layout.tensor > 1,
+            "recompute": recompute,
+        }
+    )  # fmt: skip
     zero = {"reduce_bucket_size": ACCELERATOR_BUCKET, **config.deepspeed.get("zero_optimization", {}), "stage": stage}
     batch: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,

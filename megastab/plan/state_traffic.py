@@ -5,7 +5,7 @@ n parameters on the rank, m micro-batches, w bytes a weight; gradients travel in
 | wrapper        | gradients, data-parallel          | weights, data-parallel                                             |
 |----------------|-----------------------------------|--------------------------------------------------------------------|
 | none (fp32)    | all-reduce 4n a step              | -                                                                  |
-| BF16_Optimizer | all-reduce 4n a step              | all-gather 2n a step                                               |
+| BF16_Optimizer | all-reduce 4n a step, padded      | all-gather 2n a step                                               |
 | ZeRO 1         | all-reduce 4n a step              | all-gather w n a step                                              |
 | ZeRO 2         | all-reduce 4n a micro-batch       | all-gather w n a step                                              |
 | ZeRO 3         | reduce-scatter 4n a micro-batch   | all-gather by use (``plan.fetching``); the kept ones, once a step   |
@@ -28,7 +28,7 @@ from megastab.plan.zero import FP32, bucket_elements, kept_whole, weight_bytes, 
 
 def state_traffic(config: Config, stage: Stage) -> Iterator[Transfer]:
     """Reduction over data-parallel ranks, and publication of the updated weights."""
-    if config.layout.data == 1:
+    if config.layout.copies == 1:
         return
     kind, n, times = wrapper_kind(config), stage.elements, config.accumulation
     if kind == "zero3":
@@ -36,14 +36,15 @@ def state_traffic(config: Config, stage: Stage) -> Iterator[Transfer]:
         return
     rounds = times if kind == "zero2" else 1
     bucket = bucket_elements(config) if config.zero_stage >= 1 and kind != "bf16" else ALLREDUCE_ELEMENTS
-    yield Transfer("gradients", "all_reduce", "data", FP32 * n * rounds, -(-n // bucket) * rounds)
+    flat = sum(padded_elements(config, stage))
+    sent = flat if kind == "bf16" else n  # BF16_Optimizer reduces its flat groups, padding and all
+    yield Transfer("gradients", "all_reduce", "data", FP32 * sent * rounds, -(-sent // bucket) * rounds)
     if kind != "plain":
-        flat = sum(padded_elements(config, stage))
         yield Transfer("updated weights", "all_gather", "data", weight_bytes(config) * flat, len(decay_groups_of(config, stage)))
 
 
 def _zero3(config: Config, stage: Stage) -> Iterator[Transfer]:
-    dp, size, times = config.layout.data, weight_bytes(config), config.accumulation
+    dp, size, times = config.layout.copies, weight_bytes(config), config.accumulation
     bucket = bucket_elements(config)
     whole = sum(_padded(weight, dp) for weight in stage.weights)
     yield Transfer("gradients", "reduce_scatter", "data", FP32 * whole * times, -(-whole // bucket) * times)

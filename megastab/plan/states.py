@@ -1,6 +1,7 @@
 """Bytes of weights, gradients and optimizer states on one rank, as DeepSpeed 0.19.8's wrappers hold them.
 
-n parameters on the rank, p = n / dp its share, w = 2 or 4 bytes a weight; sums of micro-batches are always fp32:
+n parameters on the rank, p = n / dp its share (dp: all copies of the weights, ranks that share a sequence included), w = 2 or 4 bytes a
+weight; sums of micro-batches are always fp32:
 
 | wrapper        | weights    | gradients, end of backward          | masters | moments | more inside the step          |
 |----------------|------------|-------------------------------------|---------|---------|-------------------------------|
@@ -52,7 +53,7 @@ def states(config: Config, stage: Stage) -> States:
     """One rank of ``stage``."""
     kind, size = wrapper_kind(config), weight_bytes(config)
     offloads = offload_device(config.deepspeed, "optimizer") != "none"
-    dp, n = config.layout.data, stage.elements
+    dp, n = config.layout.copies, stage.elements
     groups = decay_groups_of(config, stage)
     shares = [_share(group, dp, per_tensor=kind == "zero3") for group in groups]
     p = n if kind == "plain" else sum(shares)
@@ -79,7 +80,7 @@ def decay_groups_of(config: Config, stage: Stage) -> list[list[Weight]]:
 
 def padded_elements(config: Config, stage: Stage) -> list[int]:
     """Length of each decay group's flat tensor (BF16_Optimizer, ZeRO 1 and 2)."""
-    dp = config.layout.data
+    dp = config.layout.copies
     return [dp * _share(group, dp, per_tensor=False) for group in decay_groups_of(config, stage)]
 
 
@@ -104,7 +105,7 @@ def _buckets(config: Config, kind: str, groups: list[list[Weight]], stage: Stage
     """Bytes of the buffers gradients are reduced in. ZeRO flattens what a buffer holds once more to send it, and widens it to fp32; a
     parameter larger than the buffer goes by itself."""
     n = stage.elements
-    if kind in ("plain", "bf16") and config.layout.data == 1:
+    if kind in ("plain", "bf16") and config.layout.copies == 1:
         return 0  # nothing to reduce, and no copy made for it
     if kind == "plain":
         return FP32 * min(n, ALLREDUCE_ELEMENTS)
@@ -113,14 +114,20 @@ def _buckets(config: Config, kind: str, groups: list[list[Weight]], stage: Stage
     bucket = bucket_elements(config)
     sent = max(min(n, bucket), *(weight.elements for weight in stage.weights))
     if kind == "zero3":
-        return FP32 * (bucket + sent)
+        return FP32 * (bucket + max(min(n, bucket), *(_sent_alone(weight.elements, config.layout.copies) for weight in stage.weights)))
     staged = size if kind == "zero2" else FP32  # ZeRO 2 stages low-precision gradients, ZeRO 1 the fp32 sums
     copies = staged if staged == FP32 else staged + FP32
-    if size == FP32 and config.layout.data == 1:
+    if size == FP32 and config.layout.copies == 1:
         copies = 0  # one owner and nothing to widen: the buffer itself is handed on
     # A pipeline's reduction allocates a buffer of its own beside the one that backward has left.
     buffers = 2 if overlaps(config) or config.layout.pipeline > 1 else 1
     return staged * bucket * buffers + copies * sent
+
+
+def _sent_alone(elements: int, dp: int) -> int:
+    """What ZeRO 3 copies of a parameter that goes by itself: its fp32 form, and that once more, padded, where shares are unequal."""
+    share = -(-elements // dp)
+    return elements if elements == share * dp else 2 * share * dp
 
 
 def _copied_to_reduce(flat_groups: list[int]) -> int:

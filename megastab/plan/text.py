@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megastab.plan.plan import Plan, StagePlan
+from megastab.plan.recompute import policy_table
 from megastab.plan.units import amount, flops, size, table
 
 LABEL_WIDTH = 13
@@ -21,12 +22,14 @@ ROWS: tuple[tuple[str, Callable[[StagePlan], int]], ...] = (
     ("step workspace", lambda stage: stage.states.step_workspace),
     ("peak", lambda stage: stage.peak),
     ("on the host", lambda stage: stage.states.host),
+    ("activations outside", lambda stage: stage.activations.outside),
 )
 
 
 def render(plan: Plan) -> str:
     """The whole page."""
     lines = [*_head(plan), "", "Memory of one rank, by pipeline stage", *_memory(plan), ""]
+    lines += ["Policies of megastab.parallel.recompute, everything else as it is", *policy_table(plan.policies, plan.recompute), ""]
     lines += [_labelled("decay groups", "; ".join(_groups(plan)))]
     if plan.completions:
         lines += ["", "Written into the DeepSpeed config, because its default is a trap"]
@@ -42,9 +45,10 @@ def _head(plan: Plan) -> list[str]:
     layout, batch = plan.layout, plan.batch
     sequence = ", sequence parallel" if layout["sequence"] else ""
     ranks = "rank" if layout["world"] == 1 else "ranks"
+    shared = f"context {layout['context']} x " if layout["context"] > 1 else ""
     facts = {
         "model": f"{plan.model}; {amount(plan.parameters)} parameters",
-        "layout": f"{layout['world']} {ranks} = tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"
+        "layout": f"{layout['world']} {ranks} = tensor {layout['tensor']} x {shared}pipeline {layout['pipeline']} x data {layout['data']}"
         f"{sequence}",
         "engine": f"{plan.precision}, ZeRO {plan.zero_stage}, DeepSpeed wrapper: {plan.wrapper}; {plan.optimizer}",
         "batch": f"{batch['global']} samples = micro-batch {batch['micro']} x accumulation {batch['accumulation']} x data {batch['data']}",
@@ -52,6 +56,8 @@ def _head(plan: Plan) -> list[str]:
         "compute": f"{flops(plan.flops_per_token)} a token, {flops(plan.flops_per_step)} a step, "
         f"{flops(plan.flops_per_step * plan.steps)} in all (recompute not counted: {plan.recompute})",
     }
+    if plan.offload:
+        facts["offload"] = plan.offload
     if layout["pipeline"] != 1:
         facts["bubble"] = f"{100 * plan.bubble:.1f} % of a step (1F1B: stages wait to fill and drain)"
     return [_labelled(label, text) for label, text in facts.items()]

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 
 from megastab.config.complete import sends_slices
 from megastab.config.config import Config
-from megastab.config.settings import read
+from megastab.config.settings import offload_device, read
 from megastab.plan.activations import FP32, INDEX, Shape
-from megastab.plan.parameters import Stage
+from megastab.plan.parameters import Stage, exchanged_kv_width
 from megastab.plan.state_traffic import gradient_terms, state_traffic
 from megastab.plan.states import decay_groups_of
 from megastab.plan.transfer import Group, Transfer, kv_copies
@@ -30,8 +30,9 @@ have sent another shape, so the engine is made to forget it."""
 
 def traffic(config: Config, stage: Stage) -> list[Transfer]:
     """Everything one rank of ``stage`` takes part in during an ordinary step."""
-    found = [*_layers(config, stage), *_pipeline(config, stage), *gradient_terms(config, stage), *state_traffic(config, stage)]
-    return [transfer for transfer in [*found, *_scalars(config, stage)] if transfer.bytes]
+    found = [*_layers(config, stage), *_exchanges(config, stage), *_pipeline(config, stage), *gradient_terms(config, stage)]
+    found += [*state_traffic(config, stage), *_scalars(config, stage)]
+    return [transfer for transfer in found if transfer.bytes]
 
 
 Key = tuple[str, str]
@@ -73,6 +74,20 @@ def _layers(config: Config, stage: Stage) -> Iterator[Transfer]:
         yield Transfer.many("loss statistics", "all_gather", "tensor", shape.tensor * 2 * shape.tokens * FP32, times)
 
 
+def _exchanges(config: Config, stage: Stage) -> Iterator[Transfer]:
+    """Positions for heads before attention and back behind it (``parallel.ulysses``): gradients return the way they came. Recomputation
+    ends with the last thing that is kept: attention's output as it left, or, behind the exchange, the input of what comes next."""
+    shape, model, recompute = Shape.of(config), config.megastab.model, config.megastab.parallel.recompute
+    if shape.context == 1:
+        return
+    out = model.hidden_size // shape.tensor
+    given = out + 2 * exchanged_kv_width(model, shape.tensor, shape.context)
+    is_back_again = recompute == "full" or (recompute == "selective" and model.output_gate != "none")
+    times = stage.num_blocks * config.accumulation
+    yield Transfer.many("queries, keys, values", "all_to_all", "context", shape.channels(given), (2 + (recompute != "none")) * times)
+    yield Transfer.many("attention's output", "all_to_all", "context", shape.channels(out), (2 + is_back_again) * times)
+
+
 def _pipeline(config: Config, stage: Stage) -> Iterator[Transfer]:
     """Activations, their gradients and the loss between stages."""
     if config.layout.pipeline == 1:
@@ -93,7 +108,7 @@ def _pipeline(config: Config, stage: Stage) -> Iterator[Transfer]:
         gathers = (not is_first) + 2 * (not is_last)
         yield Transfer.many("cut activations, made whole", "all_gather", "tensor", whole, gathers * times)
     yield Transfer("loss", "broadcast", "pipeline", 2 * FP32, 1)
-    if config.layout.data > 1 and is_last:
+    if config.layout.copies > 1 and is_last:
         yield Transfer("loss", "all_reduce", "data", FP32, 1)
 
 
@@ -101,14 +116,14 @@ def _sides(config: Config) -> tuple[int, ...]:
     """Bytes of what travels beside the residual stream (``model.stages.Sides``)."""
     shape = Shape.of(config)
     samples = (shape.samples * INDEX,) if config.megastab.model.dropout else ()
-    return samples + ((shape.tokens * 4,) if config.megastab.data.document_mask else ())
+    return samples + ((shape.samples * shape.seq * 4,) if config.megastab.data.document_mask else ())
 
 
 def _scalars(config: Config, stage: Stage) -> Iterator[Transfer]:
     """Norm, overflow, loss and target counts."""
     layout = config.layout
     model_ranks, is_plain = layout.tensor * layout.pipeline, config.zero_stage == 0
-    if layout.data > 1:
+    if layout.copies > 1:
         if layout.pipeline == 1:
             yield Transfer("loss", "all_reduce", "data", DOUBLE, 1)
         if config.megastab.data.document_mask:
@@ -122,12 +137,14 @@ def _scalars(config: Config, stage: Stage) -> Iterator[Transfer]:
 
 
 def _zero_scalars(config: Config, stage: Stage, wrapper: str, model_ranks: int) -> Iterator[Transfer]:
-    """ZeRO forms a norm for each decay group, in fp64 at stage 3, and looks for overflow in 16 bits (not bf16 at stage 3)."""
-    groups, norm = len(decay_groups_of(config, stage)), DOUBLE if wrapper == "zero3" else FP32
+    """ZeRO forms a norm for each decay group, in fp64 at stage 3 (but under offload), and looks for overflow in 16 bits (not bf16 at
+    stage 3)."""
+    offloads = offload_device(config.deepspeed, "optimizer") != "none"
+    groups, norm = len(decay_groups_of(config, stage)), DOUBLE if wrapper == "zero3" and not offloads else FP32
     looks = config.precision == "fp16" or (
         config.precision == "bf16" and wrapper != "zero3" and bool(read(config.deepspeed, "bf16.check_grad_overflow"))
     )
-    over: tuple[tuple[Group, int], ...] = (("data", config.layout.data), ("model", model_ranks))
+    over: tuple[tuple[Group, int], ...] = (("data", config.layout.copies), ("model", model_ranks))
     for group, ranks in over:
         if ranks > 1:
             yield Transfer("gradient norm", "all_reduce", group, norm * groups, groups)

@@ -7,9 +7,10 @@ from typing import Literal
 
 from megastab.config.config import Config
 
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]
-Group = Literal["tensor", "data", "pipeline", "model", "heads", "ends"]
-"""model: tensor x pipeline; heads: tensor-parallel ranks that share a KV head; ends: first and last stage, which hold a tied matrix."""
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send"]
+Group = Literal["tensor", "context", "data", "pipeline", "model", "heads", "ends"]
+"""context: ranks that share a sequence; data: all copies of the weights, these ranks included; model: tensor x pipeline; heads:
+tensor-parallel ranks that share a KV head; ends: first and last stage, which hold a tied matrix."""
 
 
 @dataclass(frozen=True)
@@ -38,5 +39,5 @@ def kv_copies(config: Config) -> int:
 def ranks_of(config: Config, group: str) -> int:
     """Ranks in a group."""
     layout = config.layout
-    sizes = {"tensor": layout.tensor, "data": layout.data, "pipeline": layout.pipeline, "model": layout.tensor * layout.pipeline}
-    return {**sizes, "heads": kv_copies(config), "ends": 2 if layout.pipeline > 1 else 1}[group]
+    sizes = {"tensor": layout.tensor, "context": layout.context, "data": layout.copies, "pipeline": layout.pipeline}
+    return {**sizes, "model": layout.tensor * layout.pipeline, "heads": kv_copies(config), "ends": 2 if layout.pipeline > 1 else 1}[group]

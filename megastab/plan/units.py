@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def size(number: float) -> str:
     """Bytes: ``3.25 GiB``, ``12.0 MiB``, ``0``."""
@@ -43,3 +45,26 @@ def table(rows: list[list[str]], indent: str = "  ") -> list[str]:
         cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
         lines.append(indent + "  ".join(cells).rstrip())
     return lines
+
+
+def seconds(value: float) -> str:
+    """``3.25 s``, ``12 ms``, ``0``."""
+    if not value:
+        return "0"
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.2g} us"
+
+
+def named(groups: Sequence[Sequence[int]]) -> list[str]:
+    """Heads of columns that each stand for equal stages."""
+    return [f"stage {group[0]}" if len(group) == 1 else f"stages {group[0]}-{group[-1]}" for group in groups]
+
+
+def alike(values: Sequence[object]) -> list[list[int]]:
+    """Neighbours that are equal, together."""
+    groups: list[list[int]] = []
+    for i, value in enumerate(values):
+        if groups and values[groups[-1][0]] == value:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

@@ -25,6 +25,8 @@ class History:
     """Lines of ``telemetry.jsonl``: the looks inside the model."""
     undone: list[dict[str, Any]] = field(default_factory=list)
     """Events of steps that were taken back, by a rewind or by a resume from an older checkpoint."""
+    rank_times: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of ``rank_times.jsonl``: every rank's own seconds, window by window."""
 
     def column(self, key: str) -> list[float]:
         """One number a step; NaN where there is none."""
@@ -58,7 +60,7 @@ class History:
 
 
 def read_history(run_folder: str | Path) -> History:
-    """Read ``metrics.jsonl``, ``events.jsonl`` and ``telemetry.jsonl``.
+    """Read ``metrics.jsonl``, ``events.jsonl``, ``telemetry.jsonl`` and ``rank_times.jsonl``.
 
     Raises:
         UserError: nothing has been logged there, or it cannot be read.
@@ -72,7 +74,8 @@ def read_history(run_folder: str | Path) -> History:
     events: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
     for event in _lines(folder / "events.jsonl"):
         events[bool(event.get("undone"))].append(event)
-    return History(folder.resolve().name, steps, evaluations, events[False], _lines(folder / "telemetry.jsonl"), events[True])
+    samples, rank_times = (_lines(folder / name) for name in ("telemetry.jsonl", "rank_times.jsonl"))
+    return History(folder.resolve().name, steps, evaluations, events[False], samples, events[True], rank_times)
 
 
 def read_run_config(run_folder: str | Path) -> dict[str, Any]:

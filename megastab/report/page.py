@@ -1,8 +1,8 @@
 """A run as one HTML page that needs nothing else: no file beside it, no network, no script.
 
 What it holds, in order: one headline, what ran, the curves, what happened (worst first) and who carried it, spike scores, the look inside
-the model, rescales, warnings and resumes, evaluations, speed. It is read from the run folder's log files alone; facts an older folder
-lacks are left out.
+the model, rescales, warnings and resumes, evaluations, speed, the ranks. It is read from the run folder's log files alone; facts an older
+folder lacks are left out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megastab.report.incident_table import what_happened
 from megastab.report.incidents import incidents_of
 from megastab.report.inside import inside
 from megastab.report.markup import STYLE, note, section, text
+from megastab.report.ranks import ranks
 
 PICTURE = (
     "Clipped and skipped steps, loss spikes and rescales are marked where they happened; a triangle at the top is a value that was not "
@@ -59,6 +60,7 @@ def page_of(history: History, config: dict[str, Any], png: bytes) -> str:
         page_sections.turns(history, incidents),
         page_sections.evaluations(history),
         page_sections.speed(history),
+        ranks(history),
     ]
     body = "\n".join(part for part in sections if part)
     return f"""<!doctype html>

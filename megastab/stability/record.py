@@ -51,7 +51,7 @@ class Event:
     step: int
     kind: str
     """``clip``, ``skip``, ``norm_spike``, ``loss_spike``, ``replay``, ``rewind``, ``rescale``, ``qk_clip``, ``massive_activation``,
-    ``warning``, ``settings``, ``resume``, ``save``, ``stop`` or ``hang``."""
+    ``straggler``, ``warning``, ``settings``, ``resume``, ``save``, ``stop`` or ``hang``."""
     reason: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Numbers and names beside the reason, such as ``norm``, ``z``, ``threshold``, ``top`` and ``samples``."""

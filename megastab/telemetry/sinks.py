@@ -44,7 +44,7 @@ class RunFolder:
         """
         if not self.is_writer:
             return
-        for name in ("metrics.jsonl", "telemetry.jsonl"):
+        for name in ("metrics.jsonl", "telemetry.jsonl", "rank_times.jsonl"):
             self._rewrite(name, lambda line: line if _step_of(line) <= step else None)
         self._rewrite("events.jsonl", lambda line: line if _step_of(line) <= step else _undone(line))
 
@@ -65,6 +65,14 @@ class RunFolder:
         """One line of metrics.jsonl for an evaluation: its own keys beside the step."""
         self._append("metrics.jsonl", {"step": step, **values})
 
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether the file has the numbers of ``step`` but no evaluation after it; False where this rank does not write."""
+        path = self.path / "metrics.jsonl"
+        if not self.is_writer or not path.exists():
+            return False
+        of_step = [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) == step]
+        return bool(of_step) and not any("valid_loss" in line for line in of_step)
+
     def event(self, event: Event) -> None:
         """One line of events.jsonl."""
         self._append("events.jsonl", event.to_json())
@@ -72,6 +80,10 @@ class RunFolder:
     def sample(self, line: Mapping[str, Any]) -> None:
         """One line of telemetry.jsonl."""
         self._append("telemetry.jsonl", line)
+
+    def rank_times(self, line: Mapping[str, Any]) -> None:
+        """One line of rank_times.jsonl."""
+        self._append("rank_times.jsonl", line)
 
     def told(self) -> list[dict[str, Any]]:
         """The lines of events.jsonl that stand; none where this rank does not write, or the file cannot be read."""

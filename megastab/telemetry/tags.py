@@ -103,6 +103,18 @@ TAGS: dict[str, Tag] = {
         "speed/mfu", "share", "model FLOP/s over the device's dense peak, where it is known", "below 0.3 on a GPU: look at the layout"
     ),
     "data_seconds": Tag("speed/data_seconds", "s", "time spent fetching the step's samples", "above 1 % of the step: storage is slow"),
+    "slowest_over_median": Tag(
+        "speed/slowest_rank_over_median",
+        "-",
+        "own seconds a step of the rank furthest above the median of its pipeline stage, over that median; every telemetry.straggler.steps",
+        "1.2 or more: events.jsonl names the rank and its host; the whole job runs at its pace",
+    ),
+    "own_seconds": Tag(
+        "speed/own_seconds_median",
+        "s",
+        "what the middle rank needs of a step for itself: its seconds less those it stands in collectives; every telemetry.straggler.steps",
+        "far below the step's seconds: most of a step is communication, or waiting for a slow rank or another stage",
+    ),
     "memory_gb": Tag(
         "memory/peak_gb",
         "GB",

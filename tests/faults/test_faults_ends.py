@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.planted import AtMoment, pretrain
 from tests.launching import curve, launch
-from tests.ranks import start_job
+from tests.ranks import TIMEOUT, start_job
 
 STEPS = 8
 
@@ -28,7 +28,7 @@ def config(tiny_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_to_its_end(
-    config: dict[str, Any], log: Path, fault: AtMoment | None = None, timeout: float = 120.0
+    config: dict[str, Any], log: Path, fault: AtMoment | None = None, timeout: float = TIMEOUT
 ) -> tuple[list[int | None], str]:
     codes = start_job(2, log, pretrain, config, fault).codes(timeout)
     return codes, log.read_text()
@@ -46,14 +46,21 @@ def uninterrupted(config: dict[str, Any], kept: dict[str, Any], folder: Path) ->
         own["megastab"]["run"]["dir"] = str(folder / "whole")
         codes, text = run_to_its_end(own, folder / "whole.log")
         assert codes == [0, 0], text
-        kept["curve"] = curve(folder / "whole")
+        kept["curve"], kept["evaluations"] = curve(folder / "whole"), evaluations(folder / "whole")
     found: list[tuple[int, float, float, float]] = kept["curve"]
     return found
 
 
+def evaluations(run: Path) -> list[tuple[int, float]]:
+    """Step and validation loss of every evaluation of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
+
+
 @pytest.mark.parametrize(
     ("method", "step", "name", "stopped_at"),
-    [("take_step", 1, "SIGTERM", 2), ("evaluate", 4, "SIGUSR1", 4), ("save", 6, "SIGINT", 6)],
+    # Handed to the other ranks at the first look after it, obeyed at the second; an evaluation looks twice here.
+    [("take_step", 1, "SIGTERM", 3), ("evaluate", 4, "SIGUSR1", 4), ("save", 6, "SIGINT", 7)],
     ids=["training", "evaluating", "saving"],
 )
 def test_asked_to_stop_it_saves_leaves_and_goes_on_later(
@@ -70,6 +77,20 @@ def test_asked_to_stop_it_saves_leaves_and_goes_on_later(
     codes, text = run_to_its_end(config, tmp_path / "second.log")
     assert codes == [0, 0] and f"at step {stopped_at}," in text, text
     assert curve(run) == expected
+    assert evaluations(run) == whole["evaluations"] and [step for step, _ in evaluations(run)] == [4, 8]  # one cut off is made up for
+
+
+@pytest.mark.parametrize(("method", "step", "first"), [("take_step", 2, 4), ("evaluate", 4, 4)], ids=["training", "evaluating"])
+def test_pipeline_stages_leave_at_the_same_step(method: str, step: int, first: int, config: dict[str, Any], tmp_path: Path) -> None:
+    """Each is asked by itself, at a moment of its own or not at all; a stage that left alone would leave the other waiting."""
+    config |= {"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 2}
+    config["megastab"]["parallel"] = {"pipeline": 2}
+    config["megastab"]["run"]["total_steps"] = 40  # far away
+    fault = AtMoment(method, step, "SIGTERM", random.Random(step).uniform(0, 0.03), everyone=method == "evaluate")
+    codes, text = run_to_its_end(config, tmp_path / "log", fault)
+    assert codes == [85, 85] and text.count("stop: SIGTERM: saved, and left") == 1, text
+    stopped_at = int((tmp_path / "run" / "checkpoints" / "latest").read_text().removeprefix("step"))
+    assert first <= stopped_at < 40 and len(curve(tmp_path / "run")) == stopped_at, text
 
 
 def check_killed(config: dict[str, Any], expected: Any, fault: AtMoment, tmp_path: Path, label: str) -> str:
@@ -142,6 +163,7 @@ def watch_a_peer_die(folder: str) -> None:
 
     rank, stop = collectives.world()[0], StopRequest()
     with stop.listening(), watching(Heart(Path(folder), rank), RunConfig(), stop, None):
+        collectives.barrier()  # who is gone before the other looks for the first time may be one its container hides
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
@@ -197,7 +219,7 @@ def test_a_second_run_in_the_folder_is_refused(config: dict[str, Any], tmp_path:
 def test_the_launcher_hands_the_exit_code_on(config_file: Path, tmp_path: Path) -> None:
     done = launch("--deepspeed_config", str(config_file), script="tests/faults/asked_to_stop.py", timeout=180)
     assert done.code == 85 and "SIGTERM: saved, and left" in done.text and "Traceback" not in done.text, done.text
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step00000002"
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step00000003"
 
 
 def leave_while_signals_come() -> None:

@@ -134,6 +134,21 @@ def test_a_checkpoint_takes_the_list_into_another_folder(tmp_path: Path) -> None
     assert curve(second) == curve(clean)[3:] and events(second, "rewind") == []
 
 
+def test_before_its_first_checkpoint_a_run_goes_back_to_the_one_it_began_from(tmp_path: Path) -> None:
+    first, second, clean, layout = tmp_path / "first", tmp_path / "second", tmp_path / "clean", Layout(2, zero=1)
+    run_ranks(2, train_synthetic, config_for(first, layout), BadSamples(NOTHING, "huge"))
+    kept = {path: path.stat().st_mtime_ns for path in [first, *sorted(first.rglob("*"))]}
+    origin = first / "checkpoints" / "step00000002"  # of four: those after it are another run's and stay
+    config = config_for(second, layout, run__resume=str(origin), run__save_interval=None)
+    found = run_ranks(2, train_synthetic, config, BadSamples(BAD, "huge"))
+    expected = run_ranks(2, train_synthetic, config_for(clean, layout, data__skip=[LEFT_OUT]), BadSamples(NOTHING, "huge"))
+    assert curve(second) == curve(clean)[2:] and same(found, expected)
+    (event,) = events(second, "rewind")
+    assert (event["step"], event["to_step"], event["samples"]) == (5, 2, LEFT_OUT) and f"went back to {origin}," in event["reason"]
+    assert [each["step"] for each in events(second, "save")] == [2, 8]  # what a crash after going back would start from; the last
+    assert {path: path.stat().st_mtime_ns for path in [first, *sorted(first.rglob("*"))]} == kept
+
+
 def test_events_name_the_samples_of_a_step_with_gaps(tmp_path: Path) -> None:
     policy = {"rewind_after": None}
     config = config_for(tmp_path, Layout(1), data__skip=[[50, 51], [26, 28], [40, 41]], stability__policy=policy)

@@ -17,7 +17,7 @@ LEARNING_RATE = 1e-3
 SIZES: dict[str, dict[str, int]] = {
     "A": {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 768, "num_heads": 4, "vocab_size": 4096},
     "B": {"num_layers": 8, "hidden_size": 512, "ffn_hidden_size": 1408, "num_heads": 8, "vocab_size": 8192},
-    # Of `offload` only: most of its memory is activations.
+    # Of `offload` and `recompute` only: most of its memory is activations.
     "deep": {"num_layers": 16, "hidden_size": 256, "ffn_hidden_size": 768, "num_heads": 4, "vocab_size": 4096},
 }
 
@@ -41,6 +41,7 @@ class Spec:
     optimizer: Optimizer = "AdamW"
     activations: dict[str, Any] | None = None
     """The section ``activation_offload`` of ``offload``."""
+    recompute: str = "none"
 
     def dump(self) -> str:
         """As a command-line argument."""
@@ -62,7 +63,11 @@ class Spec:
             "bf16": {"enabled": self.precision == "bf16"},
             "megastab": {
                 "model": {"arch": "llama", "max_seq_len": SEQ, **SIZES[self.size]},
-                "parallel": {"tensor": self.tensor, **({"activation_offload": self.activations} if self.activations else {})},
+                "parallel": {
+                    "tensor": self.tensor,
+                    "recompute": self.recompute,
+                    **({"activation_offload": self.activations} if self.activations else {}),
+                },
                 "schedule": {"kind": "constant"},
                 "data": {"train": [[1.0, self.data]] if self.data else []},
                 "run": {"total_steps": 1_000_000, "compile": self.is_compiled},

@@ -17,6 +17,7 @@ from megastab.report.bench.norms import norms
 from megastab.report.bench.offload import offload
 from megastab.report.bench.ortho_step import ortho_step
 from megastab.report.bench.orthoadam import orthoadam
+from megastab.report.bench.recompute import recompute
 from megastab.report.bench.rows import Row, table
 from megastab.report.bench.speed import memory, single, tp2, trainer, wrappers
 from megastab.report.bench.stability import stability
@@ -36,6 +37,7 @@ FIGURES: dict[str, Callable[[Options], Iterator[Row]]] = {
     "attention": attention,
     "norms": norms,
     "offload": offload,
+    "recompute": recompute,
 }
 
 

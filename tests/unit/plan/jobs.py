@@ -59,7 +59,7 @@ def measure_engine(arguments: dict[str, Any]) -> dict[str, Any]:
 
     config = small_config(collectives.world()[1], **arguments)
     parallel, model = config.megastab.parallel, config.megastab.model
-    grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, model.num_kv_heads)
+    grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, model.num_kv_heads, parallel.context)
     built = build(config, grid)
     engine = built.engine
     gradients: list[int] = []
@@ -67,8 +67,8 @@ def measure_engine(arguments: dict[str, Any]) -> dict[str, Any]:
     if not built.adapter.reduces_in_backward:
         before_reduction(built.adapter, lambda: gradients.append(held_bytes(_gradients(engine))))
     buffers = Buffers(engine)
-    tokens = torch.randint(0, 500, (config.micro_batch, model.max_seq_len), generator=torch.Generator().manual_seed(grid.dp.rank))
-    batch = MicroBatch(tokens, tokens, torch.ones(tokens.shape), torch.arange(config.micro_batch), None)
+    tokens = torch.randint(0, 500, (config.micro_batch, model.max_seq_len), generator=torch.Generator().manual_seed(grid.samples.rank))
+    batch = MicroBatch(tokens, tokens, torch.ones(tokens.shape), torch.arange(config.micro_batch), None).share(grid.cp.rank, grid.cp.size)
     for _ in range(2):
         Stepper(engine, config, grid).train([batch] * config.accumulation)
     return {

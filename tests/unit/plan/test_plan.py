@@ -106,6 +106,14 @@ def test_the_page_says_what_matters() -> None:
     assert all(completion.reason in page for completion in config.completions)
 
 
+def test_the_page_says_who_shares_sequences() -> None:
+    made = plan(small_config(4, parallel={"tensor": 2, "context": 2}))
+    assert "4 ranks = tensor 2 x context 2 x pipeline 1 x data 1" in render(made)
+    assert made.to_json()["layout"]["context"] == 2
+    assert made.stages[0].states == plan(small_config(4, parallel={"tensor": 2})).stages[0].states  # two copies of the weights either way
+    assert "context" not in render(plan(small_config(2)))
+
+
 def test_json_holds_plain_values() -> None:
     made = plan(small_config(2, parallel={"pipeline": 2}))
     again = json.loads(json.dumps(made.to_json()))

@@ -14,9 +14,10 @@ from megastab.plan.budget import RESERVE, budget
 from megastab.plan.cluster import PRESETS, Cluster, cluster_named, this_cpu
 from megastab.plan.parameters import stages
 from megastab.plan.plan import plan
-from megastab.plan.predict import LATENCY, is_inside_node, predict, seconds_of, stage_flops
+from megastab.plan.predict import LATENCY, is_inside_node, predict, seconds_of
 from megastab.plan.traffic import traffic
 from megastab.plan.transfer import Transfer
+from megastab.plan.work import stage_flops
 from tests.unit.plan.jobs import small_config
 
 ONE: dict[str, Any] = {
@@ -35,6 +36,8 @@ def written(tmp_path: Path, changes: dict[str, Any]) -> str:
 def test_a_file_says_what_a_preset_says(tmp_path: Path) -> None:
     assert cluster_named(written(tmp_path, {})) == SMALL
     assert cluster_named(written(tmp_path, {"efficiency": 0.4}), nodes=3) == replace(SMALL, efficiency=0.4, nodes=3)
+    links = {"host_gb_per_s": 12.5, "disk_gb_per_s": 1}
+    assert cluster_named(written(tmp_path, links)) == replace(SMALL, host_gb_per_s=12.5, disk_gb_per_s=1)
     assert cluster_named("h100", 16).world == 128
     assert all(set(preset.peak_tflops) == {"fp32", "bf16", "fp16"} for preset in [*PRESETS.values(), this_cpu()])
 
@@ -49,6 +52,8 @@ def test_a_file_says_what_a_preset_says(tmp_path: Path) -> None:
         ({"gpus_per_node": True}, "gpus_per_node = True must be a number above 0"),
         ({"inter_gbps": "400"}, "inter_gbps = '400' must be a number above 0"),
         ({"efficiency": 50}, "efficiency = 50 is a share of the peak"),
+        ({"disk_gb_per_s": 0}, "disk_gb_per_s = 0 must be a number above 0"),
+        ({"host_gbps": 50}, "host_gbps is no key of a cluster. Did you mean"),
         ({"peak_tflops": 989}, "peak_tflops = 989 must be an object"),
         ({"peak_tflops": {"bf16": 1, "fp8": 2}}, "peak_tflops = {'fp8': 2}: keys are fp32, bf16, fp16"),
     ],
@@ -75,6 +80,9 @@ def test_links_by_the_place_of_a_group() -> None:
     inside = {group: is_inside_node(config, SMALL, group) for group in ("tensor", "data", "pipeline", "model")}
     assert inside == {"tensor": True, "data": True, "pipeline": False, "model": False}
     assert not is_inside_node(small_config(8, parallel={"tensor": 2}), SMALL, "data")
+    shared = small_config(8, parallel={"tensor": 2, "context": 2})
+    assert is_inside_node(shared, SMALL, "context") and not is_inside_node(shared, SMALL, "data")
+    assert not is_inside_node(small_config(8, model={"num_heads": 8}, parallel={"tensor": 1, "context": 8}), SMALL, "context")
 
 
 def test_bytes_over_links() -> None:
@@ -83,6 +91,8 @@ def test_bytes_over_links() -> None:
     assert seconds_of(Transfer("", "all_gather", "tensor", 10**10, 0), config, SMALL) == pytest.approx(0.75)
     assert seconds_of(Transfer("", "reduce_scatter", "tensor", 10**10, 0), config, SMALL) == pytest.approx(0.75)
     assert seconds_of(Transfer("", "all_reduce", "tensor", 10**10, 0), config, SMALL) == pytest.approx(1.5)
+    shared = small_config(8, parallel={"context": 4})
+    assert seconds_of(Transfer("", "all_to_all", "context", 10**10, 0), shared, SMALL) == pytest.approx(0.75)
     assert seconds_of(Transfer("", "all_reduce", "tensor", 0, 3), config, SMALL) == pytest.approx(6 * LATENCY)
 
 
@@ -101,6 +111,21 @@ def test_flops_of_the_stages_are_the_models() -> None:
     forward = sum(stage_flops(config, stage)[0] for stage in stages_of(config))
     made = plan(config)
     assert forward * 3 * 2 * config.accumulation == pytest.approx(made.flops_per_step)  # two tensor-parallel ranks
+
+
+def test_ranks_that_share_a_sequence_share_its_products_and_pay_for_the_exchange() -> None:
+    alone, shared = small_config(2), small_config(4, parallel={"context": 2})
+    costs = [stage_flops(config, stages_of(config)[0])[0] for config in (alone, shared)]
+    assert costs[0] == pytest.approx(2 * costs[1])
+    (cut,) = stages_of(shared)
+    predicted = predict(shared, SMALL, [cut])
+    exchanges = [t for t in traffic(shared, cut) if t.group == "context"]
+    assert {t.kind for t in exchanges} == {"all_to_all"}
+    assert predicted.context == pytest.approx(sum(seconds_of(t, shared, SMALL) for t in exchanges))
+    others = predicted.compute + predicted.tensor + predicted.pipeline + predicted.data + predicted.bubble
+    assert predicted.seconds == pytest.approx(others + predicted.context)
+    # 2 x 16 tokens of 64 + 2 x 32 channels of fp32, there and back, four blocks and four micro-batches.
+    assert sum(t.bytes for t in exchanges if t.what == "queries, keys, values") == 2 * 16 * 128 * 4 * 2 * 4 * 4
 
 
 def test_recompute_costs_a_forward_of_the_blocks() -> None:

@@ -16,6 +16,7 @@ from megastab.config.errors import UserError
 from megastab.config.load import load_config
 from megastab.plan.budget import largest_budget
 from megastab.plan.cluster import Cluster
+from megastab.plan.cluster_text import found_page
 from megastab.plan.command import report, spread
 from megastab.plan.parameters import stages
 from megastab.plan.predict import predict
@@ -49,6 +50,13 @@ def test_every_cut_of_four_ranks_is_judged_once() -> None:
     assert all(c.layout.world == 4 and c.global_batch == 8 == c.micro_batch * c.accumulation * c.layout.data for c in configs(found))
 
 
+def test_a_billion_nodes_take_no_longer_than_one() -> None:
+    huge = replace(NODE, nodes=10**9)
+    found = search(spread(to_search(**BF16), huge), huge)  # no walk over the divisors of the number of ranks
+    assert not found.fitting
+    assert found.reasons["more pipeline stages than blocks"] == 3  # once for tensor 1, 2 and 4
+
+
 def configs(found: Any) -> list[Config]:
     return [candidate.config for candidate in found.fitting]
 
@@ -66,8 +74,31 @@ def test_the_first_is_the_fastest_that_fits() -> None:
         assert predict(config, NODE, cut).seconds == pytest.approx(candidate.prediction.seconds)
 
 
-def raw() -> dict[str, Any]:
-    config = small_config(**BF16)
+def test_ranks_share_long_sequences_only() -> None:
+    model = {"num_heads": 4, "num_kv_heads": 2, "max_seq_len": 1 << 14}
+    found = search(to_search(**BF16, model=model), replace(NODE, memory_gb=500.0))
+    cuts = {(c.layout.tensor, c.layout.context) for c in configs(found)}
+    assert cuts == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)}  # whole heads of two KV heads, or a copy of one
+    assert all(c.layout.tensor * c.layout.context * c.layout.pipeline * c.layout.data == 4 for c in configs(found))
+    assert {c.layout.context for c in configs(search(to_search(**BF16, model={**model, "max_seq_len": 1 << 13}), NODE))} == {1}
+    shared = next(candidate for candidate in found.fitting if candidate.config.layout.context == 2)
+    source = {**raw(model=model), "train_batch_size": 8}
+    config = load_config(source, [*shared.overrides.split(), "zero_optimization.reduce_bucket_size=5000000"], world_size=4)
+    assert config.layout == shared.config.layout
+    assert predict(config, NODE, stages(config.megastab.model, config.layout)).seconds == pytest.approx(shared.prediction.seconds)
+    assert "  cp  " in found_page(found, NODE)
+
+
+def test_ranks_share_short_sequences_where_nothing_else_is_possible() -> None:
+    """One sample, and nothing to cut by tensors or stages: four ranks can only share it."""
+    odd = {"num_layers": 1, "ffn_hidden_size": 129}
+    config = small_config(model=odd, train_batch_size=1, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, **BF16)
+    found = search(spread(config, NODE), NODE)
+    assert {c.layout.context for c in configs(found)} == {4}
+
+
+def raw(**top: Any) -> dict[str, Any]:
+    config = small_config(**BF16, **top)
     free = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": None, "zero_optimization": {"stage": 1}}
     return {**config.deepspeed, "megastab": config.megastab.model_dump(mode="json"), **free}
 

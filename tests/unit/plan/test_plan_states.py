@@ -23,8 +23,8 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage, **more}}
 
 
-def cut(tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> dict[str, Any]:
-    return {"parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": sequence}}
+def cut(tensor: int = 1, pipeline: int = 1, sequence: bool = False, context: int = 1) -> dict[str, Any]:
+    return {"parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": sequence, "context": context}}
 
 
 CASES = {
@@ -80,8 +80,16 @@ BUFFERED: dict[int, dict[str, dict[str, Any]]] = {
         "zero3 bf16": {**BF16, **zero(3, **USED_APART), "model": {"ffn_hidden_size": 512}},
         "zero3 alone": {**BF16, **zero(3, **BUCKET), **cut(2)},
         "zero3, bucket below a matrix": {**BF16, **zero(3, reduce_bucket_size=20_000)},
+        "bf16, shared sequences": {**BF16, **zero(1), **cut(context=2)},
+        "zero3, shared sequences": {**zero(3, **KEEPING), **cut(context=2)},
     },
-    4: {"zero1 stages": {**zero(1, **BUCKET), **cut(pipeline=2)}, "bf16 stages": {**BF16, **zero(1), **cut(pipeline=2)}},
+    4: {
+        "zero1 stages": {**zero(1, **BUCKET), **cut(pipeline=2)},
+        "bf16 stages": {**BF16, **zero(1), **cut(pipeline=2)},
+        "zero1 stages, shared sequences": {**zero(1, **BUCKET), **cut(pipeline=2, context=2)},
+        "zero2, shared sequences": {**BF16, **zero(2, **BUCKET), **cut(context=2)},
+    },
+    3: {"zero3 bf16, unequal shares of a matrix above the bucket": {**BF16, **zero(3, reduce_bucket_size=20_000)}},
 }
 
 

@@ -46,6 +46,7 @@ METHODS: dict[str, tuple[str, int]] = {
     "broadcast": ("broadcast", 0),
     "reduce": ("reduce", 0),
     "send": ("send", 0),
+    "all_to_all_single": ("all_to_all", 1),
     "alltoall_base": ("all_to_all", 1),
     "alltoall": ("all_to_all", 1),
     "allreduce_coalesced": ("all_reduce", 0),

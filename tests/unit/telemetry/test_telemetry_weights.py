@@ -67,7 +67,7 @@ def measure(names: list[str], kept: int | None) -> list[dict[str, Any]]:
 @functools.cache
 def runs(world: int, kept: int | None = None) -> dict[str, list[dict[str, Any]]]:
     names = [name for name in CELLS if world_of(name) == world]
-    ranks = run_ranks(world, measure, names, kept, timeout=240.0)
+    ranks = run_ranks(world, measure, names, kept)
     return {name: [rank[i] for rank in ranks] for i, name in enumerate(names)}
 
 
