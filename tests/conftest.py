@@ -13,6 +13,20 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+MOST_WORKERS = 8  # the longest file, the equivalence matrix, is one worker's
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Workers for ``-n auto``: both cores of two, half of more because a test has up to four ranks; none where one file is asked for."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # xdist takes it
+    cores = len(os.sched_getaffinity(0))
+    files = {argument.partition("::")[0] for argument in config.args}
+    is_one_file = len(files) == 1 and files.pop().endswith(".py")
+    return 0 if cores == 1 or is_one_file else min(max(2, cores // 2), MOST_WORKERS)
+
+
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small real dataset: tok.model, text_train and text_valid."""

@@ -1,15 +1,19 @@
-"""Runs the product as a user does: the deepspeed launcher, two ranks, a tiny model on real text."""
+"""Runs the product as a user does: the deepspeed launcher, two ranks, a tiny model on real text; or the same ranks without a launcher."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
+from tests.ranks import TIMEOUT, start_pretrain
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
@@ -31,10 +35,10 @@ def environment() -> dict[str, str]:
 
 def command(*arguments: str, ranks: int = 2, script: str = "megastab/pretrain.py") -> list[str]:
     """The launcher's command line, on a port of its own."""
-    return [str(LAUNCHER), "--num_gpus", str(ranks), "--master_port", str(random.randint(20000, 60000)), script, *arguments]
+    return [str(LAUNCHER), "--num_gpus", str(ranks), "--master_port", str(free_port()), script, *arguments]
 
 
-def launch(*arguments: str, ranks: int = 2, script: str = "megastab/pretrain.py", timeout: float = 120) -> Finished:
+def launch(*arguments: str, ranks: int = 2, script: str = "megastab/pretrain.py", timeout: float = TIMEOUT) -> Finished:
     """Run to the end; what it printed, both streams in order."""
     done = subprocess.run(
         command(*arguments, ranks=ranks, script=script),
@@ -48,7 +52,15 @@ def launch(*arguments: str, ranks: int = 2, script: str = "megastab/pretrain.py"
     return Finished(done.returncode, done.stdout)
 
 
-def tool(*arguments: str, timeout: float = 120) -> Finished:
+def pretrain(*arguments: str, ranks: int = 2, plant: Callable[[], None] | None = None, timeout: float = TIMEOUT) -> Finished:
+    """As :func:`launch` runs it, by forked ranks: no launcher, and none of the imports, which are most of a launch's seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = start_pretrain(ranks, Path(folder) / "log", arguments, plant)
+        code = job.first_failure(timeout)
+        return Finished(code, job.log.read_text())
+
+
+def tool(*arguments: str, timeout: float = TIMEOUT) -> Finished:
     """Run ``python arguments`` from the root."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
     return Finished(done.returncode, done.stdout + done.stderr)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import socket
 import sys
 import time
 import traceback
@@ -19,17 +18,21 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "deepspeed", "megatron.core.hyper_comm_grid", "megatron.core.datasets.indexed_dataset", "tests.preload"]
+from tests.ports import free_port
+
+# What ranks import anyway, most of it when an engine is built: half a second of processor time each, if it is not here.
+PRELOAD = [
+    *("torch", "pytest", "deepspeed", "megatron.core.hyper_comm_grid", "megatron.core.datasets.indexed_dataset"),
+    *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3", "torch.profiler._cupti_monitor"),
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "einops._torch_specific", "torch._subclasses.schema_check_mode"),
+    *("megastab.pretrain", "megastab.engine.trainer", "megastab.engine.library", "tests.jobs", "tests.preload"),
+]
+TIMEOUT = 300.0  # of jobs that take some seconds alone: other workers run theirs on the same cores
+LAUNCHER_SECONDS = 1.0  # DeepSpeed's looks so often whether a rank has failed
 
 
 class RankFailed(AssertionError):
     """A rank raised, died or hung."""
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _rank(rank: int, world: int, port: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -54,11 +57,11 @@ def _rank(rank: int, world: int, port: int, pipe: Connection, function: Callable
         os._exit(0)  # gloo's threads can abort a normal exit after a peer has died
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """Run ``function(*args)`` on ``world`` ranks of one job."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    port = _free_port()
+    port = free_port()
     processes, pipes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
@@ -102,7 +105,7 @@ class Job:
     log: Path
     """Both streams of all ranks."""
 
-    def codes(self, timeout: float = 120.0) -> list[int | None]:
+    def codes(self, timeout: float = TIMEOUT) -> list[int | None]:
         """Exit codes by rank (negative: the signal that killed it); None for a rank that had to be killed here, in the end."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -111,6 +114,23 @@ class Job:
         self.end()
         return found
 
+    def first_failure(self, timeout: float) -> int:
+        """The code of the rank that fails first, after which a launcher ends the others; 0 where none does."""
+        waiting, deadline = {process.sentinel: process for process in self.processes}, time.monotonic() + timeout
+        try:
+            while waiting:
+                ended = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+                if not ended:
+                    raise RankFailed(f"the job did not end within {timeout} s:\n{self.log.read_text()}")
+                codes = [waiting.pop(sentinel).exitcode for sentinel in ended]
+                if any(codes):
+                    for process in self.processes:
+                        process.join(LAUNCHER_SECONDS)
+                    return next(code for code in codes if code)
+            return 0
+        finally:
+            self.end()
+
     def end(self) -> None:
         """Kill what still lives."""
         for process in self.processes:
@@ -118,7 +138,8 @@ class Job:
             process.join()
 
 
-def _job_rank(rank: int, world: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _become(rank: int, world: int, port: int, log: Path) -> None:
+    """What a launcher sets, and both streams into ``log``."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -128,20 +149,45 @@ def _job_rank(rank: int, world: int, port: int, log: Path, function: Callable[..
     import torch
 
     torch.set_num_threads(1)
-    from megastab.engine.launch import run_job
 
-    code = run_job(lambda: function(*args))
+
+def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
+def _job_rank(rank: int, world: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    _become(rank, world, port, log)
+    from megastab.engine.launch import run_job
+
+    _leave(run_job(lambda: function(*args)))
+
+
+def _pretrain_rank(rank: int, world: int, port: int, log: Path, arguments: tuple[str, ...], plant: Callable[[], None] | None) -> None:
+    _become(rank, world, port, log)
+    from megastab.pretrain import main
+
+    if plant is not None:
+        plant()
+    _leave(main(arguments))
+
+
 def start_job(world: int, log: Path, function: Callable[..., Any], *args: Any) -> Job:
     """Start ``function(*args)`` on ``world`` ranks as a launcher without mercy would: it ends nobody."""
+    return _start(_job_rank, world, log, function, args)
+
+
+def start_pretrain(world: int, log: Path, arguments: tuple[str, ...], plant: Callable[[], None] | None = None) -> Job:
+    """Start ``pretrain.py arguments`` on ``world`` ranks, after ``plant()`` on each; nobody is ended here either."""
+    return _start(_pretrain_rank, world, log, arguments, plant)
+
+
+def _start(target: Callable[..., None], world: int, log: Path, *args: Any) -> Job:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    port = _free_port()
-    ranks = [context.Process(target=_job_rank, args=(rank, world, port, log, function, args), daemon=True) for rank in range(world)]
+    port = free_port()
+    ranks = [context.Process(target=target, args=(rank, world, port, log, *args), daemon=True) for rank in range(world)]
     for process in ranks:
         process.start()
     return Job(list(ranks), log)

@@ -15,13 +15,12 @@ from megastab.checkpoint import fragments, verify
 from megastab.checkpoint.manifest import FILE, Manifest
 from megastab.checkpoint.pieces import states_share, weights_share
 from megastab.checkpoint.tensor_file import settle, write_text
-from megastab.checkpoint.writing import NotSaved, complete, partial_of, prepare, write
+from megastab.checkpoint.writing import LATEST, NEXT, NotSaved, complete, latest_in, partial_of, prepare, unnamed, write
 from megastab.parallel import collectives
 from megastab.parallel.grid import Grid
 from megastab.wrappers.adapter import Adapter
 from megastab.wrappers.states import load_scalar_state, scalar_state
 
-LATEST = "latest"
 TAGS = "step????????"
 
 
@@ -81,6 +80,7 @@ def publish(folder: Path, tag: str, manifest: Manifest, keep_last: int | None, k
     complete(folder, tag, manifest)
     write_text(folder / LATEST, tag)
     settle(folder)
+    (folder / NEXT).unlink(missing_ok=True)
     _prune(folder, tag, keep_last, keep_every)
 
 
@@ -96,8 +96,17 @@ def _prune(folder: Path, newest: str, keep_last: int | None, keep_every: int | N
                 shutil.rmtree(old, ignore_errors=True)
 
 
+def name_as_latest(where: Path) -> None:
+    """Do what a crash kept from being done: have ``latest`` name a checkpoint that already has its own name (on one rank)."""
+    if where in unnamed(where.parent):
+        write_text(where.parent / LATEST, where.name)
+        settle(where.parent)
+        (where.parent / NEXT).unlink(missing_ok=True)
+
+
 def go_back(where: Path) -> None:
     """Make ``where`` the newest checkpoint of its folder (on one rank): those after it, of steps taken back, are deleted."""
+    (where.parent / NEXT).unlink(missing_ok=True)
     write_text(where.parent / LATEST, where.name)
     settle(where.parent)
     for later in where.parent.glob(TAGS):
@@ -148,17 +157,15 @@ def _damage(where: Path) -> list[str]:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Newest first: what ``latest`` names, then what was finished before it."""
+    """Newest first: what ``latest`` names, or was about to, then what was finished before it."""
     if not folder.is_dir():
         return []
     if folder.name.startswith("step"):
         return [folder]
     finished = sorted((path for path in folder.glob(TAGS) if (path / FILE).exists()), reverse=True)
-    try:
-        newest = (folder / LATEST).read_text().strip()
-    except OSError:  # of a first checkpoint, or lost
+    if not (newest := latest_in(folder)):
         return finished
-    return [folder / newest, *(path for path in finished if path.name < newest)]
+    return [*unnamed(folder), folder / newest, *(path for path in finished if path.name < newest)]
 
 
 def newest_before(folder: Path, step: int, tell: Callable[[str], None] = lambda said: None, origin: Path | None = None) -> Path | None:

@@ -13,10 +13,12 @@ from typing import Any
 
 from megastab.checkpoint import index
 from megastab.checkpoint.index import Index
-from megastab.checkpoint.manifest import Manifest
+from megastab.checkpoint.manifest import FILE, Manifest
 from megastab.checkpoint.pieces import STATES, WEIGHTS, Piece, Share
 from megastab.checkpoint.tensor_file import settle, write_tensors, write_text
 
+LATEST = "latest"  # names the newest checkpoint
+NEXT = "latest.next"  # names one that is about to get its name, and the one that is ``latest`` until it has
 PARTIAL = ".partial"  # of a folder that is no checkpoint, or none any more
 
 
@@ -27,6 +29,27 @@ class NotSaved(Exception):
 def partial_of(folder: Path, tag: str) -> Path:
     """Where a checkpoint is made."""
     return folder / f"{tag}{PARTIAL}"
+
+
+def latest_in(folder: Path) -> str:
+    """What ``latest`` names; empty where there is none."""
+    try:
+        return (folder / LATEST).read_text().strip()
+    except OSError:  # of a first checkpoint, or lost
+        return ""
+
+
+def unnamed(folder: Path) -> list[Path]:
+    """The checkpoint that got its name but is not ``latest``, because a crash came between: one, or none.
+
+    Not whatever is newer than ``latest``: that may be left of a run that was taken back to an older one.
+    """
+    try:
+        tag, before = (folder / NEXT).read_text().split(" ")
+    except (OSError, ValueError):
+        return []
+    is_one = tag != before == latest_in(folder) and (folder / tag / FILE).exists()
+    return [folder / tag] if is_one and before else []
 
 
 def prepare(folder: Path, tag: str) -> None:
@@ -117,6 +140,7 @@ def complete(folder: Path, tag: str, manifest: Manifest) -> None:
     settle(aside)
     if final.exists():  # a run that went back takes this step again
         final.rename(folder / f"{tag}.replaced{PARTIAL}")
+    write_text(folder / NEXT, f"{tag} {latest_in(folder)}")
     os.rename(aside, final)
     settle(folder)
     shutil.rmtree(folder / f"{tag}.replaced{PARTIAL}", ignore_errors=True)

@@ -31,7 +31,7 @@ class Config:
     @property
     def for_engine(self) -> dict[str, Any]:
         """``deepspeed`` as its engine can take it. DeepSpeed counts the ranks of a sequence among the data-parallel ones, since they
-        work on the same weights; its global batch, which nothing uses, would come out ``context`` times as large."""
+        work on the same weights, and checks its global batch by them: here it is ``context`` times as large."""
         if self.layout.context == 1:
             return self.deepspeed
         return {**self.deepspeed, "train_batch_size": self.global_batch * self.layout.context}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,17 @@ REFUSED_VALUES: tuple[tuple[str, bool, str], ...] = (
     ("bf16.check_grad_overflow", False, "one non-finite gradient would make every weight NaN under ZeRO 1 and 2: set it to true."),
 )
 
-_SWITCHES = (*(path for path, _, _ in REFUSED_VALUES), "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+_SWITCHES = (
+    *(path for path, _, _ in REFUSED_VALUES),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization.overlap_comm"),
+    *(f"zero_optimization.offload_{what}.pin_memory" for what in ("optimizer", "param")),
+)
+
+
+_ELEMENTS = (
+    *("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "sub_group_size", "param_persistence_threshold"),
+    *("model_persistence_threshold", "max_live_parameters", "max_reuse_distance"),
+)
 
 
 def refused(deepspeed: dict[str, Any], megastab: Megastab) -> list[str]:
@@ -148,12 +159,28 @@ def _offload(deepspeed: dict[str, Any]) -> list[str]:
         stage = max(1, stage)  # promoted
     for what, lowest in (("optimizer", 1), ("param", 3)):
         device, path = offload_device(deepspeed, what), f"zero_optimization.offload_{what}"
-        if device not in ("none", "cpu"):
+        if device not in ("none", "cpu", "nvme"):
+            problems.append(f'{path}.device = {json.dumps(device)} must be "cpu" or "none".')
+        elif device == "nvme":
             problems.append(f'{path}.device = "{device}" is refused: what reads the fp32 masters cannot reach a disk; use "cpu".')
         elif device == "cpu" and stage < lowest:
             problems.append(
                 f'{path}.device = "cpu" with zero_optimization.stage = {stage}: set the stage to {lowest}, or device to "none".'
             )
+    return problems
+
+
+def _amounts(deepspeed: dict[str, Any]) -> list[str]:
+    """What DeepSpeed would meet with a traceback on every rank, and the planner calculates with."""
+    problems, zero = [], read(deepspeed, "zero_optimization", {})
+    for key in (prefix + name for name in _ELEMENTS for prefix in ("", "stage3_")) if isinstance(zero, dict) else ():
+        value, least = zero.get(key), 1 if key.endswith("reduce_bucket_size") else 0
+        if value is not None and value != "auto" and not (_number(value) and least <= value < math.inf and value == int(value)):
+            problems.append(f"zero_optimization.{key} = {json.dumps(value)} must be a number of elements, {least} or more.")
+    for what in ("optimizer", "param"):
+        ratio, path = read(deepspeed, f"zero_optimization.offload_{what}.ratio"), f"zero_optimization.offload_{what}.ratio"
+        if ratio is not None and not (_number(ratio) and 0 <= ratio <= 1):
+            problems.append(f"{path} = {json.dumps(ratio)} must be a share, from 0 to 1.")
     return problems
 
 
@@ -167,6 +194,7 @@ _CHECKS: tuple[Callable[[dict[str, Any]], list[str]], ...] = (
     _communication,
     _own_optimizer,
     _offload,
+    _amounts,
 )
 
 

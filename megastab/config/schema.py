@@ -235,7 +235,7 @@ class RunConfig(Section):
     """The run itself: where, how long, how often."""
 
     dir: str = "runs/default"
-    """Run folder: config.json, metrics.jsonl, events.jsonl, telemetry.jsonl, tensorboard/, checkpoints/."""
+    """Run folder: config.json, metrics.jsonl, events.jsonl, telemetry.jsonl, rank_times.jsonl, tensorboard/, checkpoints/."""
     total_steps: PositiveInt | None = None
     """Optimizer steps to attempt; give this or ``total_tokens``."""
     total_tokens: PositiveInt | None = None

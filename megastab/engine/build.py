@@ -32,6 +32,7 @@ from megastab.stability.controller import Controller, build_controller
 from megastab.stability.qk_clip import QKClip, WatchedLayer
 from megastab.wrappers.adapter import Adapter
 from megastab.wrappers.bind import bind, quiet
+from megastab.wrappers.counters import count_samples
 from megastab.wrappers.pipeline import StagedModule
 from megastab.wrappers.zero3 import held, partitioned_build
 
@@ -128,6 +129,7 @@ def build(config: Config, grid: Grid, is_new: bool = True) -> Built:
             config=config.for_engine,
             mpu=grid.mpu() if grid.pp.size == 1 else None,
         )
+    count_samples(engine, config.global_batch)
     adapter = bind(engine, grid)
     if is_new and block.run.init_from is not None:
         start_masters(adapter.fragments(), block.run.init_from)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import traceback
@@ -40,16 +41,35 @@ def start_job() -> None:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1")))))
     else:
-        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        accelerator.set_device(own_device(accelerator.device_count()))
     if "MASTER_ADDR" not in os.environ:
         agree_on_address()
     backend = accelerator.communication_backend_name()
     if backend == "gloo" and (interface := interface_towards(os.environ["MASTER_ADDR"])):
         # Left alone gloo takes the address its host's name resolves to, which many systems set to loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    meet()
+    store = meet()
     with quiet():
         deepspeed.init_distributed(dist_backend=backend)
+    del store  # held until here, and by the backend from here on
+
+
+def own_device(devices: int) -> int:
+    """This rank's, of those it sees on its host.
+
+    Raises:
+        UserError: this is the first rank there is none for.
+        PeerFailed: another rank of the host says so.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local < devices:
+        return local
+    message = (
+        f"rank {os.environ['RANK']} on {socket.gethostname()} is number {local} of its host and sees {devices} device"
+        f"{'' if devices == 1 else 's'}: start as many ranks on a host as it has, and let each see all of them (slots= in a hostfile; with "
+        "Slurm --gpus-per-node and --ntasks-per-node, not --gpus-per-task; CUDA_VISIBLE_DEVICES)."
+    )
+    raise UserError(message) if local == devices else collectives.PeerFailed(message)
 
 
 def run_job(work: Callable[[], int | None]) -> int:

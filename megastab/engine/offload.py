@@ -169,13 +169,13 @@ class Offloader:
 
     def _entry_of(self, scope: Scope, parameters: list[nn.Parameter], tensor: Tensor) -> Entry | None:
         storage = tensor.untyped_storage()
-        if any(p.untyped_storage().data_ptr() == storage.data_ptr() for p in parameters):
-            return None  # a view of a weight, or of the flat buffer it lies in
         known = self._known.get(int(StorageWeakRef(storage).cdata))
         if known is not None and known.version == tensor._version:
             self.counts.shared += 1
             return known
-        size = storage.nbytes()
+        begin, size = storage.data_ptr(), storage.nbytes()
+        if any(begin <= p.data_ptr() < begin + size for p in parameters):
+            return None  # a view of a weight, or of the flat buffer it lies in
         scope.offered += size
         is_probe = scope.position == 0 and scope.sent == 0  # something always goes, or the bandwidth would never be measured again
         entry = self.mover.send(tensor) if is_probe or scope.sent + size <= scope.budget else None

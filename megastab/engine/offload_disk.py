@@ -64,7 +64,7 @@ class DiskStore(Store):
 
     def target(self, slot: Slot, size: int, device: torch.device) -> Tensor:
         """As :class:`Store`: in host memory at an address of the source's phase."""
-        if device.type != "cpu":
+        if not self._is_direct(device):
             return super().target(slot, size, device)
         room = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         shift = (slot.phase - room.data_ptr()) % ALIGNMENT
@@ -76,7 +76,7 @@ class DiskStore(Store):
         for parts in self._outgoing(source):
             slot.sums.append(_sum(parts))
             size = sum(map(len, parts))
-            if os.pwritev(self.descriptor, parts, place) != size:
+            if os.pwritev(self.descriptor, [part.data for part in parts], place) != size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             place += size
 
@@ -86,7 +86,7 @@ class DiskStore(Store):
         for parts, expected in zip(self._incoming(target), slot.sums, strict=True):
             size = sum(map(len, parts))
             try:
-                num_read = os.preadv(self.descriptor, parts, place)
+                num_read = os.preadv(self.descriptor, [part.data for part in parts], place)
             except OSError as error:
                 raise self._damaged(place, str(error.strerror)) from error
             if num_read != size:
@@ -97,7 +97,7 @@ class DiskStore(Store):
 
     def _outgoing(self, source: Tensor) -> Iterator[list[np.ndarray]]:
         """What each request writes; a request is done when the next is asked for."""
-        if source.device.type == "cpu":
+        if self._is_direct(source.device):
             head, middle, tail = _cut(source)
             first, last = self._ends()
             first[: len(head)], last[: len(tail)] = head, tail
@@ -109,7 +109,7 @@ class DiskStore(Store):
 
     def _incoming(self, target: Tensor) -> Iterator[list[np.ndarray]]:
         """Where each request reads to; a request is done, and right, when the next is asked for."""
-        if target.device.type == "cpu":
+        if self._is_direct(target.device):
             head, middle, tail = _cut(target)
             first, last = self._ends()
             yield from _requests(first, middle, last)
@@ -118,6 +118,10 @@ class DiskStore(Store):
         for piece, block in self._staged(target):
             yield [block]
             piece.copy_(torch.from_numpy(block[: piece.numel()]))
+
+    def _is_direct(self, device: torch.device) -> bool:
+        """Whether the disk reaches this memory without a buffer between."""
+        return device.type == "cpu"
 
     def _ends(self) -> np.ndarray:
         """Two pages of this thread's."""

@@ -1,4 +1,5 @@
-"""Going back to the last good checkpoint or copy in memory, or to the one the run began from, and what a run leaves out since: ``skips.json`` in the run folder.
+"""Going back to the last good checkpoint, to a copy in memory or to where the run began from, and what a run leaves out since:
+``skips.json`` in the run folder.
 
 The file is written the moment a run goes back, after the checkpoints of the steps taken back are gone: a crash before it meets the same
 samples again and goes back again; a crash after it knows what to leave out. Reading it twice, or beside a checkpoint that knows of it,

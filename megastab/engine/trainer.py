@@ -128,6 +128,8 @@ class Trainer:
             self.forget_after(0)  # of a run that ended before its first checkpoint
             return
         manifest = self.load(self.origin)
+        if self.folder.is_writer and self.origin.parent == self.checkpoints:
+            store.name_as_latest(self.origin)
         self.leave_out(Skips.of(manifest.skips))
         for change in self.built.controller.load_state_dict(manifest.stability):
             self.folder.event(Event(self.step, "settings", change))
@@ -178,6 +180,8 @@ class Trainer:
         run, total = self.config.megastab.run, self.config.total_steps
         if self.step == 0 and (said := self.built.controller.start_warning()):
             self.tell([Event(0, "warning", said)])
+        if self.step and self._is_to_evaluate() and collectives.from_first(self.folder.lacks_evaluation(self.step)):
+            self.evaluate()  # the run was asked to stop in the midst of it
         while self.step < total:
             if self.stop.poll():
                 self._leave()
@@ -191,7 +195,7 @@ class Trainer:
             is_last = self.step == total
             if self.step % run.log_interval == 0 or is_last or self.step == 1:
                 self.folder.say(console_line(record, total, extra))
-            if is_last or (run.eval_interval and self.step % run.eval_interval == 0):
+            if self._is_to_evaluate():
                 self.evaluate()
             if is_last or (run.save_interval and self.step % run.save_interval == 0):
                 self.save()
@@ -277,6 +281,10 @@ class Trainer:
             self.folder.event(event)
             if event.kind in SAID:
                 self.folder.say(f"step {event.step}: {event.kind}: {event.reason}")
+
+    def _is_to_evaluate(self) -> bool:
+        every = self.config.megastab.run.eval_interval
+        return self.step == self.config.total_steps or bool(every and self.step % every == 0)
 
     def evaluate(self) -> float | None:
         """Validation loss, printed and logged; None without validation data, or where the run was asked to stop meanwhile."""

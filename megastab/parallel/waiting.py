@@ -3,11 +3,12 @@
 All ranks take a step together, so its wall time is the same everywhere; a slow rank shows in that it waits less than its peers do.
 Counted are the calls that may wait (``MAY_WAIT``) and the waits for those that return at once, on whatever they are called: see
 :class:`Counted`. Transfer counts as waiting, which is why a slow link does not show. Nothing is counted outside :meth:`Waiting.begin`
-to :meth:`Waiting.end`, and a wait inside another counts once.
+to :meth:`Waiting.end`, nor in threads beside the step, and a wait inside another counts once.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, Protocol
@@ -104,11 +105,12 @@ class Waiting:
         self.clock = clock_of_device() if clock is None else clock
         self._spans: list[Span] = []
         self._is_on = self._is_inside = False
+        self._thread = 0
 
     def begin(self) -> None:
         """A step begins: count from here on."""
         self.clock.start()
-        self._spans, self._is_on = [], True
+        self._spans, self._is_on, self._thread = [], True, threading.get_ident()
 
     def end(self) -> list[Span]:
         """The step is over: where it waited, for the clock to read."""
@@ -119,11 +121,15 @@ class Waiting:
         """``call``, its time counted, and that of waiting for what it returns."""
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if not self._is_on or self._is_inside:
+            if not self._is_on or self._is_inside or self._is_beside():
                 return call(*args, **kwargs)
             return self._held(self._timed(call, args, kwargs))
 
         return counted
+
+    def _is_beside(self) -> bool:
+        """Whether this is a thread somebody started beside the step; those in which autograd runs backward are not Python's."""
+        return threading.get_ident() != self._thread and not isinstance(threading.current_thread(), threading._DummyThread)
 
     def _timed(self, call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         began = self.clock.mark()

@@ -141,13 +141,13 @@ def _layouts(config: Config, cluster: Cluster, reasons: Counter[str], shares: bo
         if model.num_heads % tensor or model.ffn_hidden_size % tensor:
             reasons["heads or MLP channels cannot be cut over the tensor-parallel ranks"] += 1
             continue
-        for pipeline in (p for p in range(1, world // tensor + 1) if world // tensor % p == 0):
-            if pipeline > model.num_layers:
-                reasons["more pipeline stages than blocks"] += 1
-                continue
-            copies = world // tensor // pipeline
+        rest = world // tensor
+        for pipeline in (p for p in range(1, min(model.num_layers, rest) + 1) if rest % p == 0):
+            copies = rest // pipeline
             for context in _contexts(config, tensor, copies) if shares else (1,):
                 yield Layout(world, tensor, pipeline, copies // context, context)
+        if rest > model.num_layers:
+            reasons["more pipeline stages than blocks"] += 1
 
 
 def _contexts(config: Config, tensor: int, copies: int) -> list[int]:

@@ -65,6 +65,14 @@ class RunFolder:
         """One line of metrics.jsonl for an evaluation: its own keys beside the step."""
         self._append("metrics.jsonl", {"step": step, **values})
 
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether the file has the numbers of ``step`` but no evaluation after it; False where this rank does not write."""
+        path = self.path / "metrics.jsonl"
+        if not self.is_writer or not path.exists():
+            return False
+        of_step = [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) == step]
+        return bool(of_step) and not any("valid_loss" in line for line in of_step)
+
     def event(self, event: Event) -> None:
         """One line of events.jsonl."""
         self._append("events.jsonl", event.to_json())

@@ -22,6 +22,13 @@ ENGINE = (
 OPTIMIZER = ("_global_grad_norm", "overflow", "_hp_optimizer_states_linked")
 
 
+def count_samples(engine: Any, of_step: int) -> None:
+    """Let ``engine`` count ``of_step`` samples a step. By itself it takes the ranks of a sequence for ranks with samples of their own, and
+    its count is what its own scalars are drawn over."""
+    engine._config.train_batch_size = of_step  # its check against micro-batch, accumulation and ranks is behind us
+    engine.tput_timer.batch_size = of_step
+
+
 @contextmanager
 def untouched(engine: Any) -> Iterator[None]:
     """Whatever steps are taken inside (skipped ones: the caller sees to that), ``engine`` counts and tells as if none had been.

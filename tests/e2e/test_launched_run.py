@@ -1,4 +1,4 @@
-"""The whole product through the launcher: train, stop, resume, sample, draw."""
+"""The whole product: train, stop, resume, sample, draw; through the launcher once, and by its ranks alone where it adds nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import curve, launch, records, tool
+from tests.launching import curve, launch, pretrain, records, tool
 
 TP2 = "megastab.parallel.tensor=2"
 
@@ -33,19 +33,19 @@ def test_a_run_leaves_what_it_promises(config_file: Path, tmp_path: Path) -> Non
 def test_interrupted_run_goes_on_the_same_curve(config_file: Path, tmp_path: Path, dtype: str) -> None:
     options = ["--deepspeed_config", str(config_file), TP2, *(["bf16.enabled=true"] if dtype == "bf16" else [])]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert launch(*options, f"megastab.run.dir={whole}").code == 0
+    assert pretrain(*options, f"megastab.run.dir={whole}").code == 0
     # The first half ends at step 3 of a six-step schedule: its checkpoint is what a killed run would leave.
-    assert launch(*options, f"megastab.run.dir={halves}", "megastab.run.save_interval=3").code == 0
+    assert pretrain(*options, f"megastab.run.dir={halves}", "megastab.run.save_interval=3").code == 0
     (halves / "checkpoints" / "latest").write_text("step00000003")
-    resumed = launch(*options, f"megastab.run.dir={halves}")
+    resumed = pretrain(*options, f"megastab.run.dir={halves}")
     assert resumed.code == 0 and "resumed from" in resumed.text, resumed.text
     assert curve(halves) == curve(whole)  # to the last bit
 
 
 def test_library_layouts_share_one_curve(config_file: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    assert launch("--deepspeed_config", str(config_file), f"megastab.run.dir={one}", ranks=1).code == 0
-    staged = launch(
+    assert pretrain("--deepspeed_config", str(config_file), f"megastab.run.dir={one}", ranks=1).code == 0
+    staged = pretrain(
         "--deepspeed_config", str(config_file), f"megastab.run.dir={two}", TP2, "megastab.parallel.pipeline=2",
         "megastab.parallel.sequence=true", "gradient_accumulation_steps=2", ranks=4,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def test_library_layouts_share_one_curve(config_file: Path, tmp_path: Path) -> N
 def test_every_spike_and_rescale_leaves_a_reason(config_file: Path, tmp_path: Path) -> None:
     stable = ["megastab.stability.zclip.warmup_steps=2", "megastab.stability.zclip.z_thresh=0.3"]
     stable += ["megastab.stability.tvr.target_std=0.015", "megastab.stability.tvr.interval_steps=3"]
-    done = launch("--deepspeed_config", str(config_file), "megastab.parallel.pipeline=2", *stable)
+    done = pretrain("--deepspeed_config", str(config_file), "megastab.parallel.pipeline=2", *stable)
     assert done.code == 0, done.text
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     rescaled = [event["reason"] for event in events if event["kind"] == "rescale"]
@@ -76,8 +76,8 @@ def test_every_spike_and_rescale_leaves_a_reason(config_file: Path, tmp_path: Pa
 
 def test_second_run_moves_the_first_aside(config_file: Path, tmp_path: Path) -> None:
     options = ["--deepspeed_config", str(config_file), "megastab.run.resume=none", "megastab.run.total_steps=2"]
-    assert launch(*options, ranks=1).code == 0
-    again = launch(*options, ranks=1)
+    assert pretrain(*options, ranks=1).code == 0
+    again = pretrain(*options, ranks=1)
     assert again.code == 0 and "kept as" in again.text
     assert len(records(tmp_path / "run")) == len(records(tmp_path / "run.1")) == 2
 

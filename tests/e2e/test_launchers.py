@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import ROOT, Finished, curve, environment, launch
+from tests.ports import free_port
 
 FOLDER = Path(sys.executable).parent
 # One machine of two cores, in a container whose user is root: what mpirun wants to be told before it starts there.
@@ -55,7 +56,8 @@ def test_deepspeeds_openmpi_launcher(reference: dict, config_file: Path, tmp_pat
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 slots=2\n")
     job = ["megastab/pretrain.py", "--deepspeed_config", str(config_file), TP2]
-    one_host = ["--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1", "--launcher_args=--mca btl_tcp_if_include lo"]
+    one_host = ["--force_multi", "--no_ssh_check", "--launcher_args=--mca btl_tcp_if_include lo"]
+    one_host += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     done = run(str(FOLDER / "deepspeed"), "--hostfile", str(hosts), "--launcher", "openmpi", *one_host, *job)
     assert done.code == 0, done.text
     assert same_as_deepspeed(reference, config_file, tmp_path / "run")
@@ -74,7 +76,11 @@ code=$?
 wait $! || code=$?
 exit $code
 """
-FAKE_SCONTROL = '#!/usr/bin/env bash\n[ "$1" != show ] || { echo 127.0.0.1; exit; }\necho "$@" >> "$FAKE_SCONTROL_LOG"\n'
+# It has more hosts to name than anybody reads.
+FAKE_SCONTROL = """#!/usr/bin/env bash
+[ "$1" != show ] || { echo 127.0.0.1; sleep 0.2; echo 127.0.0.2; exit; }
+echo "$@" >> "$FAKE_SCONTROL_LOG"
+"""
 
 
 @pytest.fixture
@@ -85,7 +91,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     for name, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "localhost", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_PROCID": "0"}
+    number = str(free_port() - 20000)  # the script takes this port
+    job = {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "localhost", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_PROCID": "0"}
     return {**job, "PATH": f"{folder}:{environment()['PATH']}", "FAKE_SCONTROL_LOG": str(tmp_path / "scontrol.log")}
 
 
@@ -102,7 +109,7 @@ def test_only_a_saved_job_is_queued_again(tmp_path: Path, slurm: dict[str, str],
     done = run("bash", "run_scripts/slurm.sbatch", "any.json", **slurm, FAKE_CODE=code)
     assert done.code == int(code), done.text
     log = tmp_path / "scontrol.log"
-    assert (log.read_text().split() == ["requeue", "4711"]) if is_queued_again else not log.exists()
+    assert (log.read_text().split() == ["requeue", slurm["SLURM_JOB_ID"]]) if is_queued_again else not log.exists()
 
 
 def test_a_hostfile_that_cannot_be_used_starts_nothing(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import SSHD, Host, finish, refusal, start_sshd, two_hosts, wait_for
-from tests.launching import ROOT, curve, environment, launch
+from tests.launching import ROOT, curve, environment, pretrain
+from tests.ports import free_port
 
 pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal())
 over_ssh = pytest.mark.skipif(SSHD is None or shutil.which("pdsh") is None, reason="no sshd or no pdsh (openssh-server, pdsh)")
@@ -33,12 +33,11 @@ def hostfile(folder: Path, hosts: tuple[Host, Host], *more: str, slots: int = 2)
 
 
 def variables(hosts_file: Path, **others: str) -> dict[str, str]:
-    port = str(random.randint(20000, 60000))
-    return {**environment(), "MEGASTAB_ENV": "active", "HOSTFILE": str(hosts_file), "MASTER_PORT": port, **others}
+    return {**environment(), "MEGASTAB_ENV": "active", "HOSTFILE": str(hosts_file), "MASTER_PORT": str(free_port()), **others}
 
 
 def one_host_curve(config: Path, folder: Path, *more: str, ranks: int = 4) -> list[tuple[int, float, float, float]]:
-    done = launch("--deepspeed_config", str(config), f"megastab.run.dir={folder}", *more, ranks=ranks, timeout=300)
+    done = pretrain("--deepspeed_config", str(config), f"megastab.run.dir={folder}", *more, ranks=ranks, timeout=300)
     assert done.code == 0, done.text
     return curve(folder)
 
@@ -87,7 +86,7 @@ def test_slots_that_do_not_make_the_layout_are_told_before_anything_starts(
 
 def test_hosts_with_different_sources_leave_before_the_first_step(hosts: tuple[Host, Host], config_file: Path, tmp_path: Path) -> None:
     stale = tmp_path / "stale"
-    shutil.copytree(ROOT, stale, ignore=shutil.ignore_patterns(".git", "data", "runs", ".venv", "__pycache__", "docs"))
+    shutil.copytree(ROOT, stale, ignore=shutil.ignore_patterns(".*", "data", "runs", "__pycache__", "docs", "tests"))
     (stale / "megastab" / "config" / "errors.py").open("a").write("\n# an older checkout\n")
     env = variables(hostfile(tmp_path, hosts), MASTER_ADDR=hosts[0].address)
     env.pop("PYTHONPATH")

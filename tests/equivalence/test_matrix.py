@@ -33,6 +33,8 @@ LOSS_AND_NORM, GRADIENT, WEIGHT, ADAM_BIAS = 2e-6, 1e-5, {"SGD": 1e-5, "AdamW": 
 LOW_LOSS = {"bf16": 1e-3, "fp16": 2e-4}
 LOW_NORM = {"bf16": 1e-2, "fp16": 2e-3}
 
+JOB_TIMEOUT = 900.0  # all rows of a layout: up to 70 engines, a minute and a half alone
+
 CLIPS_SOME = {"warmup_steps": 2, "alpha": 0.5, "z_thresh": 0.1}  # quick and jumpy, so that 8 steps hold clipped and ordinary ones
 # ZeRO-3 else keeps small parameters, and those soon used again, whole on every rank.
 RELEASED = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
@@ -270,7 +272,7 @@ def job_of(layout: Layout) -> list[Any] | None:
     """All rows of a layout in one job, because starting one costs more than training; None if some row broke it."""
     cells = [(row.model, row.dtype) for row in [*FP32, *LOW] if row.layout == layout]
     try:
-        return run_ranks(layout.world, train_all, layout, cells)
+        return run_ranks(layout.world, train_all, layout, cells, timeout=JOB_TIMEOUT)
     except RankFailed:
         return None
 
@@ -286,7 +288,7 @@ def reports(row: Row) -> list[dict[str, jobs.Report]]:
 def references() -> dict[tuple[str, str], dict[str, jobs.Report]]:
     """The single-process run of every config in the matrix."""
     cells = sorted({(row.model, row.dtype) for row in [*FP32, *LOW]})
-    return run_ranks(1, train_all, SINGLE, cells)[0]
+    return run_ranks(1, train_all, SINGLE, cells, timeout=JOB_TIMEOUT)[0]
 
 
 def relative(mine: list[float], theirs: list[float]) -> float:

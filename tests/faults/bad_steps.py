@@ -1,13 +1,12 @@
-"""A training run whose rank 1 puts out NaN in the second block's MLP at the steps named in BAD_STEPS."""
+"""Rank 1 puts out NaN in the second block's MLP at chosen steps."""
 
 import os
-import sys
+from collections.abc import Collection
 from typing import Any
 
-BAD_STEPS = {int(step) for step in os.environ["BAD_STEPS"].split(",")}
 
-
-def plant() -> None:
+def plant(steps: Collection[int]) -> None:
+    """On a rank, before anything is built."""
     from megastab.engine.trainer import Trainer
     from megastab.model.mlp import MLP
 
@@ -15,7 +14,7 @@ def plant() -> None:
     now = {"is_bad": False}
 
     def bad_step(self: Trainer) -> Any:
-        now["is_bad"] = self.step + 1 in BAD_STEPS and os.environ["RANK"] == "1"
+        now["is_bad"] = self.step + 1 in steps and os.environ["RANK"] == "1"
         return take_step(self)
 
     def bad_forward(self: MLP, *args: Any) -> Any:
@@ -24,10 +23,3 @@ def plant() -> None:
         return out * float("nan") if now["is_bad"] and is_second and self.training else out
 
     Trainer.take_step, MLP.forward = bad_step, bad_forward  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    from megastab.pretrain import main
-
-    plant()
-    sys.exit(main())

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launching import Finished, launch, records
+from tests.faults.bad_steps import plant
+from tests.launching import Finished, pretrain, records
 
 
-def run(config_file: Path, bad: str, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Finished:
-    monkeypatch.setenv("BAD_STEPS", bad)
-    return launch("--deepspeed_config", str(config_file), *overrides, script="tests/faults/bad_steps.py")
+def run(config_file: Path, bad: set[int], *overrides: str) -> Finished:
+    return pretrain("--deepspeed_config", str(config_file), *overrides, plant=partial(plant, bad))
 
 
 def events(tmp_path: Path) -> list[dict[str, Any]]:
@@ -21,10 +22,8 @@ def events(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("zero", [0, 2])
-def test_a_bad_step_is_skipped_replayed_and_explained(
-    zero: int, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = run(config_file, "3,5", monkeypatch, f"zero_optimization.stage={zero}", "megastab.stability.zclip.warmup_steps=2")
+def test_a_bad_step_is_skipped_replayed_and_explained(zero: int, config_file: Path, tmp_path: Path) -> None:
+    done = run(config_file, {3, 5}, f"zero_optimization.stage={zero}", "megastab.stability.zclip.warmup_steps=2")
     assert done.code == 0, done.text
     found = events(tmp_path)
     skips = [event for event in found if event["kind"] == "skip"]
@@ -44,12 +43,10 @@ def test_a_bad_step_is_skipped_replayed_and_explained(
     [("2", "after 2 rewinds without a step beyond the furthest", [4, 4]), ("null", "3 steps in a row could not be used", [])],
     ids=["rewinding", "only counting"],
 )
-def test_steps_that_stay_bad_end_the_run(
-    rewind_after: str, said: str, rewinds: list[int], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_that_stay_bad_end_the_run(rewind_after: str, said: str, rewinds: list[int], config_file: Path, tmp_path: Path) -> None:
     settings = {"rewind_after": rewind_after, "max_nonfinite_in_a_row": 2, "max_rewinds": 2}
     policy = [f"megastab.stability.policy.{key}={value}" for key, value in settings.items()]
-    done = run(config_file, "3,4,5,6", monkeypatch, "megastab.run.save_interval=1", *policy)
+    done = run(config_file, {3, 4, 5, 6}, "megastab.run.save_interval=1", *policy)
     assert done.code == 86 and "error: training stopped: " in done.text and said in done.text, done.text
     assert done.text.count("error: ") == 1 and "Traceback" not in done.text
     found = [event for event in events(tmp_path) if event["kind"] == "rewind"]

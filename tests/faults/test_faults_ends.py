@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.planted import AtMoment, pretrain
 from tests.launching import curve, launch
-from tests.ranks import start_job
+from tests.ranks import TIMEOUT, start_job
 
 STEPS = 8
 
@@ -28,7 +28,7 @@ def config(tiny_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_to_its_end(
-    config: dict[str, Any], log: Path, fault: AtMoment | None = None, timeout: float = 120.0
+    config: dict[str, Any], log: Path, fault: AtMoment | None = None, timeout: float = TIMEOUT
 ) -> tuple[list[int | None], str]:
     codes = start_job(2, log, pretrain, config, fault).codes(timeout)
     return codes, log.read_text()
@@ -46,9 +46,15 @@ def uninterrupted(config: dict[str, Any], kept: dict[str, Any], folder: Path) ->
         own["megastab"]["run"]["dir"] = str(folder / "whole")
         codes, text = run_to_its_end(own, folder / "whole.log")
         assert codes == [0, 0], text
-        kept["curve"] = curve(folder / "whole")
+        kept["curve"], kept["evaluations"] = curve(folder / "whole"), evaluations(folder / "whole")
     found: list[tuple[int, float, float, float]] = kept["curve"]
     return found
+
+
+def evaluations(run: Path) -> list[tuple[int, float]]:
+    """Step and validation loss of every evaluation of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +77,7 @@ def test_asked_to_stop_it_saves_leaves_and_goes_on_later(
     codes, text = run_to_its_end(config, tmp_path / "second.log")
     assert codes == [0, 0] and f"at step {stopped_at}," in text, text
     assert curve(run) == expected
+    assert evaluations(run) == whole["evaluations"] and [step for step, _ in evaluations(run)] == [4, 8]  # one cut off is made up for
 
 
 @pytest.mark.parametrize(("method", "step", "first"), [("take_step", 2, 4), ("evaluate", 4, 4)], ids=["training", "evaluating"])
@@ -156,6 +163,7 @@ def watch_a_peer_die(folder: str) -> None:
 
     rank, stop = collectives.world()[0], StopRequest()
     with stop.listening(), watching(Heart(Path(folder), rank), RunConfig(), stop, None):
+        collectives.barrier()  # who is gone before the other looks for the first time may be one its container hides
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)

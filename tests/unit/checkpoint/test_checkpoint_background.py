@@ -181,7 +181,8 @@ def test_rank_killed_inside_a_save_leaves_a_run_that_goes_on_exactly(moment: str
     after = run_ranks(2, train, config)
     _, straight, _ = runs("bf16")
     assert curve(tmp_path / "run") == curve(runs("bf16")[0] / "straight")
-    assert events(tmp_path / "run", "resume")[-1]["reason"].endswith(store.tag_of(HALF))
+    assert events(tmp_path / "run", "resume")[-1]["reason"].endswith(store.tag_of(WHOLE if moment == "before latest" else HALF))
     for mine, theirs in zip(after, straight, strict=True):
         assert all(np.array_equal(a[3], b[3]) for a, b in zip(mine["masters"], theirs["masters"], strict=True))
     assert sorted(path.name for path in checkpoints.iterdir()) == [store.LATEST, store.tag_of(HALF), store.tag_of(WHOLE)]
+    assert (checkpoints / store.LATEST).read_text() == store.tag_of(WHOLE)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,64 @@ def test_lost_latest_and_none_whole(kept: Path) -> None:
 def test_latest_rules_over_later_steps_of_a_run_that_went_back(kept: Path) -> None:
     (kept / store.LATEST).write_text(OLDER)
     assert store.find("auto", kept, wanted(kept)) == kept / OLDER
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+def publish_until(kept: Path, monkeypatch: pytest.MonkeyPatch, crash: str) -> None:
+    """Publish the newest checkpoint once more, until the process dies as ``crash`` is about to be written or the folder renamed."""
+    written, aside = Manifest.read(kept / NEWEST), kept / f"{NEWEST}.partial"
+    (kept / NEWEST).rename(aside)
+    (kept / store.LATEST).write_text(OLDER)
+    own = {name: values for name, values in written.files.items() if name != "index.json"}
+    pieces = json.loads((aside / "index.json").read_text())
+    (aside / "rank0000.json").write_text(json.dumps({"files": own, "pieces": pieces}))
+    write_text = store.write_text
+
+    def write(path: Path, text: str) -> Any:
+        if path.name == crash:
+            raise Crash
+        return write_text(path, text)
+
+    def die(*_: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(store, "write_text", write)
+        if crash == "rename":
+            patch.setattr("os.rename", die)
+        store.publish(kept, NEWEST, written, None, None)
+
+
+def test_a_checkpoint_is_found_though_the_crash_came_before_latest(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, told = wanted(kept), list[str]()
+    publish_until(kept, monkeypatch, store.LATEST)
+    assert (kept / store.LATEST).read_text() == OLDER and store.find("auto", kept, asked, told.append) == kept / NEWEST and told == []
+    flip(kept / NEWEST / RANK1)
+    assert store.find("auto", kept, asked, told.append) == kept / OLDER and "rank0001.safetensors is not what was written" in told[0]
+
+
+def test_a_crash_before_the_rename_leaves_the_one_before(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, told = wanted(kept), list[str]()
+    publish_until(kept, monkeypatch, "rename")
+    assert store.find("auto", kept, asked, told.append) == kept / OLDER and told == []
+    shutil.copytree(kept / f"{NEWEST}.partial", kept / store.tag_of(WHOLE + 1))  # of steps that were taken back
+    assert store.find("auto", kept, asked, told.append) == kept / OLDER and told == []
+
+
+def test_what_was_taken_back_is_not_found_again(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = wanted(kept)
+    publish_until(kept, monkeypatch, store.LATEST)
+
+    def crash(_: Path) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(store, "settle", crash)  # after ``latest``, before the later ones are deleted
+        store.go_back(kept / OLDER)
+    assert (kept / NEWEST / manifest.FILE).exists() and store.find("auto", kept, asked) == kept / OLDER
 
 
 def test_unfinished_folder_is_none(kept: Path) -> None:

@@ -32,6 +32,7 @@ CASES = {
     "zero3": (Layout(2, zero=3), "fp32"),
     "tp2": (Layout(2, tp=2, sp=True), "fp32"),
     "pp2": (Layout(2, pp=2, accumulation=2), "fp32"),
+    "cp2": (Layout(2, cp=2, zero=2), "bf16"),
     "tp2-pp2": (Layout(4, tp=2, pp=2, sp=True, accumulation=2), "fp32"),
     "bf16": (Layout(2, zero=1), "bf16"),
     "tp2-pp2-bf16": (TP2_PP2, "bf16"),

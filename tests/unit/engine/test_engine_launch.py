@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megastab.config.errors import UserError
+from megastab.engine.launch import own_device
+from megastab.parallel.collectives import PeerFailed
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import sys
@@ -40,3 +44,16 @@ def test_exit_code_and_message(kind: str, code: int, said: str) -> None:
     assert ended.returncode == code, ended.stderr
     assert said in ended.stderr and ("Traceback" in ended.stderr) == (kind == "bug")
     assert ("world (0, 1)" in ended.stdout) == (kind == "fine"), "a process nobody launched is a job of one rank"
+
+
+def test_a_rank_without_a_device_is_told_once_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "6")
+    for local, found in ((0, 0), (3, 3)):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert own_device(4) == found
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="rank 6 on .* is number 4 of its host and sees 4 devices: .*slots="):
+        own_device(4)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with pytest.raises(PeerFailed):
+        own_device(4)

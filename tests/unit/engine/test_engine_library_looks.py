@@ -117,7 +117,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[Any, Any]]:
-    return run_ranks(2, cases, str(folder), timeout=240.0)
+    return run_ranks(2, cases, str(folder))
 
 
 def gradients_of(step: int) -> dict[str, np.ndarray]:

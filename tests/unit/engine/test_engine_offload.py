@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -169,6 +170,14 @@ def test_a_storage_goes_once_and_weights_never(tmp_path: Path) -> None:
     for tensor, stays in ((weight, True), (weight.t(), True), (weight.detach()[1:], True), (weight * 1.0, False)):
         packed = offload._pack(Scope(0, None, mover, math.inf), list(net.parameters()), tensor)
         assert isinstance(packed, Kept) == stays and torch.equal(offload._unpack(packed), tensor)
+
+
+def test_the_flat_buffer_of_weights_stays(tmp_path: Path) -> None:
+    offload, flat = offloaded(build(layers=2), DiskStore(tmp_path), min_bytes=1), torch.zeros(300)
+    scope, weight = Scope(0, None, offload.mover, math.inf), nn.Parameter(torch.zeros(1))
+    for begin, stays in ((0, True), (100, True), (299, True), (None, False)):
+        weight.data = torch.zeros(100) if begin is None else flat[begin:]  # as ZeRO does
+        assert isinstance(offload._pack(scope, [weight], flat[100:200]), Kept) == stays
 
 
 def test_forward_waits_for_the_disk_where_everything_goes(tmp_path: Path) -> None:
@@ -377,6 +386,33 @@ def test_a_change_in_place_is_noticed(where: str) -> None:
             loss.backward()
     finally:
         store.gate.set()
+
+
+def test_a_change_while_it_is_written_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a damaged disk, though the bytes are not those that were summed."""
+    mover, tensor, write = Mover(DiskStore(tmp_path)), torch.zeros(4096), os.pwritev
+
+    def late(*arguments: Any) -> int:
+        tensor.add_(1.0)
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", late)
+    entry = mover.send(tensor)
+    assert entry is not None
+    mover.settle(entry)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        mover.take(entry)
+
+
+def test_memory_of_others_stays(tmp_path: Path) -> None:
+    """It may begin anywhere, so that what comes back could not be viewed as elements."""
+    offload = offloaded(build(layers=2), DiskStore(tmp_path), min_bytes=1)
+    scope = Scope(0, None, offload.mover, math.inf)
+    room = np.zeros(4096, np.uint8)
+    begin = -room.ctypes.data % 64
+    for shift, stays in ((0, False), (8, True)):
+        packed = offload._pack(scope, [], torch.from_numpy(room[begin + shift :][:2048]))
+        assert isinstance(packed, Kept) == stays
 
 
 def test_evaluation_moves_nothing(tmp_path: Path) -> None:

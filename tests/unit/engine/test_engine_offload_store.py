@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -26,10 +28,17 @@ def test_rooms_are_few_and_little_above_what_they_hold() -> None:
     assert len({room for size, room in rooms.items() if size >= 1 << 20}) <= 2 * 8 + 1
 
 
-@pytest.mark.parametrize("kind", ["ssd", "cpu"])
+class StagedStore(DiskStore):
+    """Through a buffer, as an accelerator's bytes go."""
+
+    def _is_direct(self, device: torch.device) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["ssd", "staged", "cpu"])
 @pytest.mark.parametrize("size", [1, 4095, 4096, CHUNK, CHUNK + 1, 2 * CHUNK + 12345])
 def test_what_comes_back_is_what_went(kind: str, size: int, tmp_path: Path) -> None:
-    store: Store = DiskStore(tmp_path) if kind == "ssd" else HostStore(None)
+    store: Store = {"ssd": DiskStore, "staged": StagedStore}[kind](tmp_path) if kind != "cpu" else HostStore(None)
     sent = [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     slots = [store.allocate(size) for _ in sent]
     for slot, tensor in zip(slots, sent, strict=True):
@@ -40,6 +49,53 @@ def test_what_comes_back_is_what_went(kind: str, size: int, tmp_path: Path) -> N
         found = store.target(slot, size, tensor.device)
         store.get(slot, found)
         assert torch.equal(found, tensor)
+
+
+@pytest.mark.parametrize("phase", [0, 64, 1088, 4032])
+@pytest.mark.parametrize("size", [1, 100, 4096, 9000, CHUNK + 5000])
+def test_the_disk_has_the_tensors_own_pages(size: int, phase: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No byte of a whole page is copied on its way out or back, at whatever address the tensor begins."""
+    store, asked = DiskStore(tmp_path), dict.fromkeys(("pwritev", "preadv"), 0)
+
+    def count(name: str, parts: list[memoryview], place: int, inner: Callable[..., int]) -> int:
+        asked[name] += sum(len(part) for part in parts if np.may_share_memory(np.asarray(part), memory[name].numpy()))
+        return inner(store.descriptor, parts, place)
+
+    for name in asked:
+        inner = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda _, parts, place, name=name, inner=inner: count(name, parts, place, inner))
+    room = torch.randint(0, 256, (size + 2 * ALIGNMENT,), dtype=torch.uint8)
+    begin = (phase - room.data_ptr()) % ALIGNMENT
+    source, slot = room[begin : begin + size], store.allocate(size)
+    assert slot is not None
+    memory = {"pwritev": source}
+    store.put(slot, source)
+    memory["preadv"] = store.target(slot, size, source.device)
+    assert memory["preadv"].data_ptr() % ALIGNMENT == phase
+    store.get(slot, memory["preadv"])
+    assert torch.equal(memory["preadv"], source)
+    pages = max(0, (phase + size) // ALIGNMENT - -(-phase // ALIGNMENT))
+    assert asked == {"pwritev": pages * ALIGNMENT, "preadv": pages * ALIGNMENT}
+
+
+@pytest.mark.parametrize("kind", [DiskStore, StagedStore])
+def test_a_sector_that_was_not_written_is_noticed(kind: type[DiskStore], tmp_path: Path) -> None:
+    size = 3 * ALIGNMENT
+    store, room = kind(tmp_path), torch.randint(1, 256, (size + ALIGNMENT,), dtype=torch.uint8)
+    source, slot = room[(-room.data_ptr()) % ALIGNMENT :][:size], store.allocate(size)
+    assert slot is not None
+    stale = torch.randint(1, 256, (512,), dtype=torch.uint8).numpy().tobytes()
+    store.put(slot, source)
+    with open(f"/proc/self/fd/{store.descriptor}", "r+b") as file:
+        whole = file.read()
+        written = source.numpy().tobytes()
+        begin = whole.index(written)
+        for sector in range(begin, begin + size, 512):
+            os.pwrite(file.fileno(), stale, sector)
+            with pytest.raises(RuntimeError, match="what was read is not what was written"):
+                store.get(slot, store.target(slot, size, source.device))
+            os.pwrite(file.fileno(), whole[sector : sector + 512], sector)
+    store.get(slot, store.target(slot, size, source.device))
 
 
 def test_the_disk_is_written_past_the_page_cache(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megastab.engine import reach
-from megastab.engine.network import address_towards, free_port, interface_towards, own_address
+from megastab.engine.network import address_towards, interface_towards, own_address
 from megastab.engine.reach import Hosts, Lost, Place
+from tests.ports import free_port
 
 
 def test_only_what_does_not_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import inspect
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ class Turns:
     def __init__(self) -> None:
         self.now = 0.0
         self.using_mpi = False
+        self.held: tuple[threading.Event, threading.Event] | None = None
         self.clock = Waiting(HostClock())
         self.counted: Any = Counted(self, self.clock)
 
@@ -33,6 +36,10 @@ class Turns:
         return [SimpleNamespace(wait=self._wait) for _ in ops]
 
     def all_gather_coalesced(self, *_: Any) -> None:
+        if self.held is not None:
+            inside, done = self.held
+            inside.set()
+            done.wait(60)
         self.counted.all_reduce(None)  # a collective inside a collective
 
     def recv(self, *_: Any) -> int:
@@ -80,7 +87,8 @@ def test_between_steps_nothing_is_counted(turns: Turns) -> None:
     turns.clock.begin()
     begun = turns.counted.all_reduce(None, async_op=True)
     assert turns.waited() == 1.0
-    begun.wait()  # of the next step's own time, whoever waits for it
+    begun.wait()  # an evaluation may make thousands of these: none is kept
+    assert turns.clock.end() == []
     turns.clock.begin()
     assert turns.waited() == 0.0
 
@@ -91,6 +99,30 @@ def test_a_collective_that_fails_leaves_the_clock_whole(turns: Turns) -> None:
         turns.counted.recv(None)
     turns.counted.all_reduce(None)
     assert turns.waited() == 1.0
+
+
+def test_a_thread_beside_the_step_is_left_alone_and_autograds_is_not(turns: Turns) -> None:
+    """The agreement on stopping goes round the ranks beside a step; backward on an accelerator is in threads that Python did not start."""
+    inside, done = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        turns.counted.all_gather_coalesced()  # a second, in which the step goes on
+
+    turns.held = (inside, done)
+    turns.clock.begin()
+    beside = threading.Thread(target=ask)
+    beside.start()
+    inside.wait(60)
+    turns.held = None
+    turns.counted.all_reduce(None)
+    done.set()
+    beside.join(60)
+    assert turns.waited() == 1.0, "the step's own collective, while the other was under way"
+
+    turns.clock.begin()
+    ended = threading.Event()
+    _thread.start_new_thread(lambda: (turns.counted.all_reduce(None), ended.set()), ())
+    assert ended.wait(60) and turns.waited() == 1.0
 
 
 class Event:

@@ -50,6 +50,13 @@ def test_every_cut_of_four_ranks_is_judged_once() -> None:
     assert all(c.layout.world == 4 and c.global_batch == 8 == c.micro_batch * c.accumulation * c.layout.data for c in configs(found))
 
 
+def test_a_billion_nodes_take_no_longer_than_one() -> None:
+    huge = replace(NODE, nodes=10**9)
+    found = search(spread(to_search(**BF16), huge), huge)  # no walk over the divisors of the number of ranks
+    assert not found.fitting
+    assert found.reasons["more pipeline stages than blocks"] == 3  # once for tensor 1, 2 and 4
+
+
 def configs(found: Any) -> list[Config]:
     return [candidate.config for candidate in found.fitting]
 

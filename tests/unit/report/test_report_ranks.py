@@ -88,6 +88,7 @@ def test_the_picture_shows_one_slow_rank_whatever_their_number(run: RunMaker, nu
     rows, columns = np.nonzero(cells > 1.2)
     assert list(columns) == [cells.shape[1] - 1] and list(rows) == [slow * cells.shape[0] // num_ranks]
     assert f"rank {slow}" in [label.get_text() for axis in axes.child_axes for label in axis.get_yticklabels()]
+    assert [at for axis in axes.child_axes for at in axis.get_yticks()] == list(rows)
     picture.canvas.draw()  # type: ignore[attr-defined]
     box = image.get_window_extent()
     assert box.height / cells.shape[0] > 2, "pixels a row"

@@ -128,7 +128,7 @@ def seen_at(world: int) -> dict[str, list[tuple[Sample, int]]]:
     cells = {name: (cell, cell.layout) for name, cell in CELLS.items() if cell.layout.world == world}
     if world == 1:
         cells |= {f"{name} single": (cell, cell.single) for name, cell in CELLS.items()}
-    by_rank = run_ranks(world, see, list(cells.values()), timeout=240.0)
+    by_rank = run_ranks(world, see, list(cells.values()))
     return {name: [rank[i] for rank in by_rank] for i, name in enumerate(cells)}
 
 

@@ -49,11 +49,13 @@ def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, is_writer=True)
     for step in (1, 2, 3, 4):
         folder.step(dataclasses.replace(RECORD, step=step), {})
+        folder.rank_times({"step": step})
     folder.event(Event(4, "skip", ""))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # a crash in the middle of a line
     folder.drop_after(2)
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in lines(tmp_path / "rank_times.jsonl")] == [1, 2]
     (event,) = lines(tmp_path / "events.jsonl")
     assert event == {"step": 4, "kind": "skip", "reason": "", "undone": True} and folder.told() == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,22 @@ def test_a_step_that_is_not_known_yet_counts_in_the_next_window() -> None:
         times.end(float(step))
         windows.append(times.window(step))
     assert [window.own for window in windows if window is not None] == [[1.25], [3.75]], "of steps 1 and 2; 3, 4 and 5; less the wait"
+
+
+def test_windows_begin_anew_where_the_run_goes_on_from_elsewhere() -> None:
+    """A resume, a rewind to a checkpoint and one to a copy in memory all stand at a manifest."""
+    from megastab.engine.trainer import Trainer
+
+    times = RankTimes(StragglerConfig(steps=3), Waiting(HostClock()), [Peer("here", 0)])
+    for _ in range(2):
+        times.begin()
+        times.end(1.0)
+    trainer: Any = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace()), snapshots=SimpleNamespace(forget_after=lambda _: None))
+    trainer.rank_times = times
+    Trainer._stand_at(trainer, SimpleNamespace(step=40, consumed=400))  # type: ignore[arg-type]
+    times.begin()
+    times.end(1.0)
+    assert times.window(41) is None, "the third step, but the first since"
 
 
 @pytest.mark.parametrize(("key", "value"), [("steps", 2), ("steps", 5.5), ("over", 0), ("over", -1), ("ovr", 0.3)])

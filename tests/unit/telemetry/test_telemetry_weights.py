@@ -33,6 +33,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "zero3": config_of(Layout(2, zero=3)),
     "zero1-fp16": config_of(Layout(2, zero=1), dtype="fp16", ds__fp16={"enabled": True, "loss_scale": 256}),
     "tp2-pp2-sp-mqa": config_of(Layout(4, tp=2, pp=2, sp=True, accumulation=2), model={"num_kv_heads": 1}),
+    "cp2": config_of(Layout(2, cp=2), model={"num_kv_heads": 1}),
 }
 ALL = TelemetryConfig(interval_steps=1, activations=False, attention=False)
 
@@ -66,7 +67,7 @@ def measure(names: list[str], kept: int | None) -> list[dict[str, Any]]:
 @functools.cache
 def runs(world: int, kept: int | None = None) -> dict[str, list[dict[str, Any]]]:
     names = [name for name in CELLS if world_of(name) == world]
-    ranks = run_ranks(world, measure, names, kept, timeout=240.0)
+    ranks = run_ranks(world, measure, names, kept)
     return {name: [rank[i] for rank in ranks] for i, name in enumerate(names)}
 
 
