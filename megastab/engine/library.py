@@ -38,8 +38,8 @@ from megastab.parallel.param_info import info_of
 from megastab.stability.controller import Controller, build_controller
 from megastab.stability.events import events_of_step
 from megastab.stability.record import StepRecord
+from megastab.telemetry.rank_times import RankTimes, rank_times
 from megastab.telemetry.sampler import Sample
-from megastab.telemetry.straggler import RankTimes, rank_times
 from megastab.wrappers.adapter import Adapter
 from megastab.wrappers.bind import bind, quiet
 

@@ -32,6 +32,7 @@ from megastab.parallel.grid import Grid
 from megastab.stability.events import events_of_step
 from megastab.stability.record import Event, StepRecord
 from megastab.telemetry.pictures import figure_of_heads, figure_of_sample, image_of
+from megastab.telemetry.rank_times import rank_times
 from megastab.telemetry.sampler import Sample, Sampler
 from megastab.telemetry.sinks import (
     RunFolder,
@@ -43,7 +44,7 @@ from megastab.telemetry.sinks import (
     sample_to_monitor,
     to_monitor,
 )
-from megastab.telemetry.straggler import Window, rank_times
+from megastab.telemetry.straggler import Window
 from megastab.telemetry.tags import TAGS, WEIGHT_STD
 from megastab.telemetry.throughput import peak_memory_gb, rates
 

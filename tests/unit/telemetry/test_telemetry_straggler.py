@@ -16,7 +16,8 @@ from megastab.config.load import load_config
 from megastab.config.schema_telemetry import StragglerConfig, TelemetryConfig
 from megastab.parallel.waiting import HostClock, Waiting
 from megastab.stability.record import Event
-from megastab.telemetry.straggler import Pace, Peer, RankTimes, Straggler, Window, medians, paces, slowest_first
+from megastab.telemetry.rank_times import RankTimes
+from megastab.telemetry.straggler import Pace, Peer, Straggler, Window, medians, paces, slowest_first
 from tests.layouts import SINGLE, config_of
 
 STEPS = 50
