@@ -107,10 +107,12 @@ def test_the_page_says_what_matters() -> None:
 
 
 def test_the_page_says_who_shares_sequences() -> None:
-    made = plan(small_config(4, parallel={"tensor": 2, "context": 2}))
+    bf16 = {"bf16": {"enabled": True}}
+    made = plan(small_config(4, parallel={"tensor": 2, "context": 2}, **bf16))
     assert "4 ranks = tensor 2 x context 2 x pipeline 1 x data 1" in render(made)
     assert made.to_json()["layout"]["context"] == 2
-    assert made.stages[0].states == plan(small_config(4, parallel={"tensor": 2})).stages[0].states  # two copies of the weights either way
+    # Two copies of the weights either way.
+    assert made.stages[0].states == plan(small_config(4, parallel={"tensor": 2}, **bf16)).stages[0].states
     assert "context" not in render(plan(small_config(2)))
 
 
