@@ -48,9 +48,10 @@ def start_job() -> None:
     if backend == "gloo" and (interface := interface_towards(os.environ["MASTER_ADDR"])):
         # Left alone gloo takes the address its host's name resolves to, which many systems set to loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    meet()
+    store = meet()
     with quiet():
         deepspeed.init_distributed(dist_backend=backend)
+    del store  # not before
 
 
 def own_device(devices: int) -> int:

@@ -41,8 +41,11 @@ def join_seconds() -> float:
     return seconds
 
 
-def meet() -> None:
+def meet() -> collectives.Store | None:
     """Return when every rank of the job has come (collective over the job, before it is one).
+
+    The store must be held until the backend has joined the ranks: with rank 0's goes its server, which the backend takes over, and which
+    a slow rank is still asking.
 
     Raises:
         UserError: rank 0 misses some, or its port is taken; or this is its host's first rank and cannot reach rank 0.
@@ -50,7 +53,7 @@ def meet() -> None:
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world == 1:
-        return
+        return None
     seconds = join_seconds()
     until = time.monotonic() + seconds
     is_kept_for_us = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent keeps it
@@ -64,13 +67,14 @@ def meet() -> None:
     store.set(f"here/{rank}", b"")
     if rank == 0:
         _wait_for_all(store, world, until, place)
-        return
+        return store
     try:
         met = store.get("met")  # waits for it
     except RuntimeError:  # rank 0 has left, or says nothing
         met = MISSED
     if met != ALL_HERE:
         raise collectives.PeerFailed("rank 0 missed some")
+    return store
 
 
 def _wait_for_all(store: collectives.Store, world: int, until: float, place: str) -> None:
