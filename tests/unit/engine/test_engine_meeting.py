@@ -17,10 +17,29 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = "import sys; from megastab.engine.launch import run_job; sys.exit(run_job(lambda: None))"
 
 
-def start(rank: int, world: int, port: int, address: str = "127.0.0.1", seconds: str = "4", **more: str) -> subprocess.Popen[str]:
+SLOW = """
+import time
+from megastab.parallel import collectives
+made = collectives.job_store
+
+class Slow:
+    def __init__(self, store):
+        self.set, self.check, self.ask = store.set, store.check, store.get
+
+    def get(self, key):
+        time.sleep(2.0)
+        return self.ask(key)
+
+collectives.job_store = lambda **given: Slow(made(**given))
+"""
+
+
+def start(
+    rank: int, world: int, port: int, address: str = "127.0.0.1", seconds: str = "4", script: str = SCRIPT, **more: str
+) -> subprocess.Popen[str]:
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "MEGASTAB_JOIN_SECONDS": seconds, **place, **more}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -33,6 +52,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def test_rank_0_is_there_for_a_rank_that_asks_late() -> None:
+    port = free_port()
+    ranks = [start(rank, 2, port, seconds="120", script=(SLOW if rank else "") + SCRIPT) for rank in (0, 1)]
+    try:
+        assert ended(ranks[1])[0] == 0  # first: without it rank 0 would wait in the backend
+        assert ended(ranks[0])[0] == 0
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_rank_0_names_the_host_that_did_not_come_and_the_others_leave_quietly() -> None:
