@@ -47,9 +47,10 @@ def divide(world: int, parallel: ParallelConfig) -> Layout:
     ranks = math.prod(sizes.values())
     if world % ranks:
         named = {name: size for name, size in sizes.items() if size > 1 or name != "context"}
+        lower = " or ".join(name for name, size in named.items() if size > 1)
         said = " times ".join(f"megastab.parallel.{name} = {size}" for name, size in named.items())
         raise UserError(
             f"{said} is {ranks}, which does not divide the {world} ranks of this run. Start a multiple of {ranks} ranks "
-            f"(deepspeed --num_gpus {-(-world // ranks) * ranks} ...), or lower {' or '.join(named)}."
+            f"(deepspeed --num_gpus {-(-world // ranks) * ranks} ...), or lower {lower}."
         )
     return Layout(world, parallel.tensor, parallel.pipeline, world // ranks, parallel.context)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from megastab.config.schema_telemetry import StragglerConfig
 from megastab.stability.record import Event
 
-CAUSES = {"data": "; it is slow at fetching data", "computing": "; it is slow at computing, not at fetching data", "": ""}
 DIGITS = 4  # of a ratio or a time that is written down
 
 
