@@ -50,6 +50,7 @@ def kept_for_backward(
     prepare(model)
     shape = (config.micro_batch, config.megastab.model.max_seq_len // cp.size)
     tokens, weights, samples = torch.randint(0, 500, shape), torch.ones(shape), torch.arange(shape[0])
+    gc.collect()
     before = _living()  # held, so that no address is used again
     saved: list[Tensor] = []
 
@@ -60,6 +61,8 @@ def kept_for_backward(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(tokens, tokens, weights, samples)
     settle()
+    collectives.barrier()  # a backend's thread lets go of what it sent a moment after it arrived
+    gc.collect()
     after, known = _storages([*_living(), *saved]), _storages([*before, loss])
     return sum(size for pointer, size in after.items() if pointer not in known)
 
