@@ -22,7 +22,7 @@ def read_source(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], st
         raise UserError(f"cannot read the config file {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"the config file {name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    return _parse(text, name), name
+    return parse_json(text, name), name
 
 
 def apply_overrides(config: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -35,7 +35,9 @@ def apply_overrides(config: dict[str, Any], overrides: Sequence[str]) -> None:
         _place(config, keys, _value(text), override)
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """One JSON object that says nothing twice; an error that calls it ``name``."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         section = dict(pairs)
         if len(section) < len(pairs):
@@ -54,7 +56,7 @@ def _parse(text: str, name: str) -> dict[str, Any]:
 
 
 def _refuse_constant(constant: str) -> float:
-    raise UserError(f"the config holds {constant}, which is not JSON: write a finite number or null")
+    raise UserError(f"{constant} is given, which is not JSON: write a finite number or null")
 
 
 def _value(text: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import MISSING, dataclass, fields, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from megastab.config.errors import UserError
 from megastab.config.nearest import did_you_mean
+from megastab.config.source import parse_json
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -91,11 +91,9 @@ def this_cpu() -> Cluster:
 
 def _from_file(path: Path) -> Cluster:
     try:
-        written = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(written, dict):
-        raise UserError(f"{path} must hold an object with the keys of a cluster, not {type(written).__name__}.")
+        written = parse_json(path.read_text(), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text: {error}") from None
     known, given = [field.name for field in fields(Cluster)], [field.name for field in fields(Cluster) if field.default is not MISSING]
     problems = [f"{key} is no key of a cluster.{did_you_mean(key, known)}" for key in written if key not in known]
     problems += [f"{key} is missing." for key in known if key not in written and key not in given]

@@ -70,6 +70,12 @@ def _layers(config: Config, stage: Stage) -> Iterator[Transfer]:
         rows = 2 * shape.tokens + (model.sink == "kv_bias")  # queries, keys, and the sink's key
         calls = passes * stage.num_blocks * times * (3 if model.sink == "kv_bias" else 2)
         yield Transfer("query and key norms", "all_reduce", "tensor", rows * FP32 * passes * stage.num_blocks * times, calls)
+    if model.activation == "topk":
+        channels = model.ffn_hidden_size
+        kept = min(max(1, round(model.activation_topk * channels)), channels // shape.tensor)  # of each rank's, as model.mlp compares them
+        passes = 1 if recompute == "none" else 2
+        found = shape.tensor * shape.tokens * kept * shape.element
+        yield Transfer.many("largest MLP channels", "all_gather", "tensor", found, passes * stage.num_blocks * times)
     if stage.has_head:
         yield Transfer.many("loss statistics", "all_gather", "tensor", shape.tensor * 2 * shape.tokens * FP32, times)
 

@@ -70,7 +70,7 @@ def test_an_unknown_preset_is_told_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--nodes 0 must be 1 or more"):
         cluster_named("h100", 0)
     (tmp_path / "broken").write_text("{")
-    with pytest.raises(UserError, match="broken is not JSON"):
+    with pytest.raises(UserError, match="broken is not valid JSON, line"):
         cluster_named(str(tmp_path / "broken"))
 
 
