@@ -6,6 +6,7 @@ the layout.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,17 +41,24 @@ class Job:
         return self.built.controller.decision
 
 
+@functools.cache
+def grid_of(*cut: Any) -> Any:
+    """A job's runs share their groups: gloo's threads of each wake a hundred times a second as long as the process lives."""
+    from megastab.parallel.grid import Grid
+
+    return Grid.create(*cut)
+
+
 def start(config: dict[str, Any]) -> Job:
     """Build everything on this rank (collective)."""
     from megastab.config.load import load_config
     from megastab.data.batches import Batches
     from megastab.engine.build import build
     from megastab.engine.train_step import Stepper
-    from megastab.parallel.grid import Grid
 
     loaded = load_config(config)
     parallel, model = loaded.megastab.parallel, loaded.megastab.model
-    grid = Grid.create(parallel.tensor, parallel.pipeline, parallel.sequence, model.num_kv_heads, parallel.context)
+    grid = grid_of(parallel.tensor, parallel.pipeline, parallel.sequence, model.num_kv_heads, parallel.context)
     built = build(loaded, grid)
     batches = Batches(
         SyntheticSource(),

@@ -9,6 +9,7 @@ gets the layout as an ``mpu`` (pp = 1) or a topology (pp > 1).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megastab.parallel import collectives
@@ -104,14 +105,18 @@ class Grid:
         return PipeModelDataParallelTopology(num_pp=self.pp.size, num_mp=self.tp.size, num_dp=self.dp.size)
 
     def mpu(self) -> Mpu:
-        """DeepSpeed's view of the layout where there is no pipeline."""
+        """DeepSpeed's view of the layout where there is no pipeline; made once (collective over the job then)."""
+        return self._mpu
+
+    @cached_property
+    def _mpu(self) -> Mpu:
         return Mpu(self)
 
 
 class Mpu:
     """The names DeepSpeed asks a model-parallel unit for, answered from a :class:`Grid` with pp = 1.
 
-    DeepSpeed wants a real group even of one rank, so lone axes get one (collective: build on every rank).
+    DeepSpeed wants a real group even of one rank, so lone axes get one (collective over the job).
     """
 
     def __init__(self, grid: Grid):

@@ -33,7 +33,8 @@ LOSS_AND_NORM, GRADIENT, WEIGHT, ADAM_BIAS = 2e-6, 1e-5, {"SGD": 1e-5, "AdamW": 
 LOW_LOSS = {"bf16": 1e-3, "fp16": 2e-4}
 LOW_NORM = {"bf16": 1e-2, "fp16": 2e-3}
 
-JOB_TIMEOUT = 900.0  # all rows of a layout: up to 70 engines, a minute and a half alone
+ROWS_A_JOB = 12
+JOB_TIMEOUT = 900.0  # of the references: every config of the matrix
 
 CLIPS_SOME = {"warmup_steps": 2, "alpha": 0.5, "z_thresh": 0.1}  # quick and jumpy, so that 8 steps hold clipped and ordinary ones
 # ZeRO-3 else keeps small parameters, and those soon used again, whole on every rank.
@@ -267,10 +268,18 @@ def train_all(layout: Layout, cells: list[tuple[str, str]]) -> dict[tuple[str, s
     }
 
 
+def cells_of(layout: Layout) -> list[tuple[str, str]]:
+    return [(row.model, row.dtype) for row in [*FP32, *LOW] if row.layout == layout]
+
+
 @functools.cache
-def job_of(layout: Layout) -> list[Any] | None:
-    """All rows of a layout in one job, because starting one costs more than training; None if some row broke it."""
-    cells = [(row.model, row.dtype) for row in [*FP32, *LOW] if row.layout == layout]
+def job_of(layout: Layout, first: int) -> list[Any] | None:
+    """Rows of a layout from number ``first`` on in one job, because starting one costs more than training; None if some row broke it.
+
+    Not all of them: the groups an engine leaves behind keep threads that wake a hundred times a second, and forty engines' crowd out the
+    work of those after them.
+    """
+    cells = cells_of(layout)[first : first + ROWS_A_JOB]
     try:
         return run_ranks(layout.world, train_all, layout, cells, timeout=JOB_TIMEOUT)
     except RankFailed:
@@ -280,7 +289,8 @@ def job_of(layout: Layout) -> list[Any] | None:
 def reports(row: Row) -> list[dict[str, jobs.Report]]:
     """Every rank's runs of a row; alone in its job where a neighbour may have broken the common one."""
     cell = (row.model, row.dtype)
-    ranks = job_of(row.layout) or run_ranks(row.layout.world, train_all, row.layout, [cell])
+    number = cells_of(row.layout).index(cell)
+    ranks = job_of(row.layout, number - number % ROWS_A_JOB) or run_ranks(row.layout.world, train_all, row.layout, [cell])
     return [rank[cell] for rank in ranks]
 
 

@@ -181,7 +181,7 @@ def test_scalar_rmsnorm_has_one_gain_and_its_gradient(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize(("dropout", "documents", "length"), [(0.0, False, 1), (0.1, False, 2), (0.0, True, 2), (0.1, True, 3)])
 def test_payload_carries_what_the_run_needs_and_no_more(dropout: float, documents: bool, length: int) -> None:
     config = load_config(config_of(SINGLE, model={**GPT, "dropout": dropout}, data={"document_mask": documents}), world_size=1)
-    sides = Sides(config.megastab, ALONE)
+    sides = Sides(config.megastab, ALONE, ALONE)
     x, samples, ids = torch.zeros(2, 3), torch.tensor([4, 5]), torch.zeros(2, 16, dtype=torch.int32)
     payload = sides.pack(x, samples, ids)
     assert (len(payload) if isinstance(payload, tuple) else 1) == length and (length > 1 or payload is x)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megastab.config.schema_telemetry import TelemetryConfig
+from megastab.parallel.grid import Axis
 from megastab.telemetry import heads
 from megastab.telemetry.attention import AttentionWatch
 from megastab.telemetry.heads import Head
@@ -181,7 +182,7 @@ def sink_of(layer: Any) -> Any:
     """[N] fp64 of logits, or [K, H] keys and values, or None."""
     if layer.has_softmax1:
         return np.zeros(layer.num_heads)
-    term = layer._term(torch.zeros(1, 1, layer.num_heads, layer.head_dim))
+    term = layer._term(torch.zeros(1, 1, layer.num_heads, layer.head_dim), Axis())
     if term is None or isinstance(term, Tensor):
         return None if term is None else term.detach().double().numpy().copy()
     return tuple(x.detach().double().numpy().copy() for x in term)
