@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The one test command: style, types, tests.   run_scripts/test.sh [--long] [pytest arguments]
-# Everything but what is marked `long` takes under 25 minutes on two cores; --long runs the rest as well.
+# Everything but what is marked `long` takes about 20 minutes on two cores; --long runs the rest as well.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source run_scripts/environment.sh test
