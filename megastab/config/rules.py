@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megastab.config.layout import Layout
-from megastab.config.schema import DyTConfig, Megastab
+from megastab.config.schema import DyTConfig, Megastab, ModelConfig
 from megastab.config.settings import stage_of
 from megastab.config.vocab import padded_vocab
 
@@ -115,12 +115,18 @@ def _kv_heads_over_tensor(facts: Facts) -> str | None:
     )
 
 
+def head_shares(model: ModelConfig, tensor: int) -> list[int]:
+    """Values of ``parallel.context`` that give each rank whole query heads, and whole key heads or a copy of one."""
+    heads, kv_heads = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
+    return [size for size in range(1, heads + 1) if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)]
+
+
 def _heads_over_context(facts: Facts) -> str | None:
     context, tensor, model = facts.layout.context, facts.layout.tensor, facts.megastab.model
     heads, kv_heads = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
     if context == 1 or any(rule(facts) for rule in (_query_groups, _heads_over_tensor, _kv_heads_over_tensor)):
         return None  # which heads there are is decided first
-    fits = [size for size in range(1, heads + 1) if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)]
+    fits = head_shares(model, tensor)
     if context in fits:
         return None
     fits = [size for size in fits if model.max_seq_len % size == 0]

@@ -11,7 +11,7 @@ from megastab.config.complete import ACCELERATOR_BUCKET
 from megastab.config.config import Config
 from megastab.config.errors import UserError
 from megastab.config.layout import Layout
-from megastab.config.rules import Facts, broken_rules
+from megastab.config.rules import Facts, broken_rules, head_shares
 from megastab.config.schema import Recompute
 from megastab.plan.budget import Budget, largest_budget
 from megastab.plan.cluster import Cluster
@@ -151,11 +151,9 @@ def _layouts(config: Config, cluster: Cluster, reasons: Counter[str], shares: bo
 
 
 def _contexts(config: Config, tensor: int, copies: int) -> list[int]:
-    """Ways to share a sequence: whole heads for each rank, or a copy of one (as ``config.rules`` asks), and equal runs of positions."""
+    """Ways to share a sequence among ``copies`` ranks: by heads, in equal runs of positions."""
     model = config.megastab.model
-    heads, kv_heads = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
-    sizes = [size for size in range(1, heads + 1) if heads % size == 0 == copies % size == model.max_seq_len % size]
-    return [size for size in sizes if kv_heads % size == 0 or size % kv_heads == 0]
+    return [size for size in head_shares(model, tensor) if copies % size == 0 == model.max_seq_len % size]
 
 
 def _zero_stages(config: Config) -> tuple[int, ...]:
